@@ -1,0 +1,133 @@
+"""Sampling: prefill the prompts, then decode one token at a time from the cache.
+
+No top-k, no top-p: PPO's log-probs are those of the full softmax, so its samples must be too.
+`python -m minirlhf.generate --run runs/ppo --prompt "..."` talks to any run. Next: labelers.py.
+"""
+
+import shutil
+import textwrap
+from dataclasses import dataclass
+
+import torch
+
+from minirlhf.model import KVCache
+
+
+@dataclass
+class Rollout:
+    """Prompts with the answers sampled for them.
+
+    ids: int64 (B, P + A), prompts left-padded to P, answers right-padded to A; padded slots hold 0.
+    start: int64 (B,), padded slots on the left; None if there are none.
+    mask: bool (B, A), True for the tokens that the policy chose, eos included.
+    finished: bool (B,), did the answer end with eos?
+    """
+
+    ids: torch.Tensor
+    start: torch.Tensor | None
+    mask: torch.Tensor
+    finished: torch.Tensor
+
+    @property
+    def prompt_length(self):
+        return self.ids.size(1) - self.mask.size(1)
+
+    @property
+    def answers(self):
+        """int64 (B, A)."""
+        return self.ids[:, self.prompt_length:]
+
+    @property
+    def last(self):
+        """Index into ids of each row's last real token (B,)."""
+        return self.prompt_length + self.mask.sum(1) - 1
+
+    def rows(self, index):
+        """The rollout of these rows (int64 (B',)), its answers trimmed to the longest."""
+        mask = self.mask[index]
+        A = int(mask.sum(1).max())
+        start = None if self.start is None else self.start[index]
+        return Rollout(self.ids[index, : self.prompt_length + A], start, mask[:, :A], self.finished[index])
+
+    def hidden(self, model):
+        """model's hidden states (B, A, C) for the answers: the one at t comes from position t - 1."""
+        return model(self.ids[:, :-1], self.start)[:, self.prompt_length - 1:]
+
+    def texts(self, tokenizer):
+        """The answers as text, eos left out."""
+        return [tokenizer.decode(ids[mask].tolist()) for ids, mask in zip(self.answers.cpu(), self.mask.cpu())]
+
+
+def left_pad(rows):
+    """Lists of ids -> int64 ids (B, P) padded on the left with id 0, and start (B,), None if all are equally long."""
+    P = max(map(len, rows))
+    ids = torch.tensor([[0] * (P - len(row)) + row for row in rows])
+    start = torch.tensor([P - len(row) for row in rows])
+    return ids, start if start.any() else None
+
+
+def sample(logits, temperature=1.0, generator=None):
+    """Draw one token a row from softmax(logits / temperature): (B, V) -> int64 (B,).
+
+    One uniform u a row, then the first token whose cumulative probability exceeds u * total. In
+    float64, where the sum's rounding cannot be seen; a token of probability 0 never qualifies.
+    """
+    dtype = torch.float32 if logits.device.type == "mps" else torch.float64  # MPS has no float64
+    cumulative = (logits.float() / temperature).softmax(-1).to(dtype).cumsum(-1)  # (B, V)
+    u = torch.rand(len(logits), 1, device=logits.device, dtype=dtype, generator=generator)
+    token = torch.searchsorted(cumulative, u * cumulative[:, -1:], right=True).squeeze(-1)
+    return token.clamp(max=logits.size(-1) - 1)
+
+
+@torch.no_grad()
+def generate(model, prompts, max_new_tokens, eos, temperature=1.0, generator=None):
+    """Sample one answer to each prompt, up to eos or max_new_tokens.
+
+    prompts: lists of ids, each beginning with eos (the document start). generator: None for the
+    device's global one. Rows that have ended leave the batch when at most half are still going.
+    """
+    device = model.head_weight.device
+    ids, start = left_pad(prompts)
+    B, P = ids.shape
+    A = max_new_tokens
+    ids = torch.cat([ids, ids.new_zeros(B, A)], 1).to(device)  # (B, P + A)
+    mask = torch.zeros(B, A, dtype=torch.bool, device=device)
+    start = None if start is None else start.to(device)
+    rows, alive = torch.arange(B, device=device), torch.ones(B, dtype=torch.bool, device=device)
+    rows_start = start
+    cache = KVCache(model.shape, B, P + A, device, model.head_weight.dtype)
+    hidden = model(ids[:, :P], start, cache)[:, -1]  # (B, C)
+    for t in range(A):
+        token = sample(hidden @ model.head_weight.T, temperature, generator)  # (rows,)
+        ids[rows, P + t] = torch.where(alive, token, 0)
+        mask[rows, t] = alive
+        alive = alive & (token != eos)
+        going = int(alive.sum())
+        if going == 0 or t == A - 1:
+            break
+        if going <= len(rows) // 2:
+            cache.keep(alive)
+            rows, token = rows[alive], token[alive]
+            rows_start = None if rows_start is None else rows_start[alive]
+            alive = alive[alive]
+        hidden = model(token[:, None], rows_start, cache)[:, -1]
+    A = t + 1
+    finished = torch.ones(B, dtype=torch.bool, device=device)
+    finished[rows] = ~alive
+    return Rollout(ids[:, : P + A], start, mask[:, :A], finished)
+
+
+def generate_all(model, prompts, max_new_tokens, eos, temperature=1.0, generator=None, batch_size=1024):
+    """generate() for any number of prompts, a batch at a time: yields Rollouts in order."""
+    for i in range(0, len(prompts), batch_size):
+        yield generate(model, prompts[i: i + batch_size], max_new_tokens, eos, temperature, generator)
+
+
+def columns(cells, width=None):
+    """Texts side by side, wrapped into equal columns: one string of lines."""
+    width = width or min(shutil.get_terminal_size((100, 24)).columns, 120)
+    each = (width - 3 * (len(cells) - 1)) // len(cells)
+    wrapped = [[part for line in (cell.splitlines() or [""]) for part in textwrap.wrap(line, each) or [""]] for cell in cells]
+    height = max(map(len, wrapped))
+    wrapped = [lines + [""] * (height - len(lines)) for lines in wrapped]
+    return "\n".join(" | ".join(part.ljust(each) for part in parts).rstrip() for parts in zip(*wrapped))

@@ -1,0 +1,126 @@
+"""Who prefers which answer: the gold rule with noise, or a person in the terminal.
+
+(Preferences from a file are read by data.read_pairs.) Both labelers turn questions, two answers to
+one prompt, into data.Pair. Next: losses.py.
+"""
+
+import itertools
+import json
+import os
+import random
+import textwrap
+from dataclasses import dataclass
+
+import numpy as np
+
+from minirlhf import reviews
+from minirlhf.data import Pair
+
+TAU = 0.5  # temperature of the gold labeler: the smaller, the fewer wrong labels
+
+
+@dataclass
+class Question:
+    """Two answers to a prompt; finished: did each end by itself?"""
+
+    prompt: str
+    answers: tuple
+    finished: tuple
+
+    def pair(self, better, tie=False):
+        """The pair in which answer `better` (0 or 1) was chosen."""
+        order = (better, 1 - better)
+        return Pair(self.prompt, *(self.answers[i] for i in order), tie=tie, finished=tuple(self.finished[i] for i in order))
+
+
+def questions_of(prompts, answers, finished, answers_per_prompt):
+    """Every pair of different answers to one prompt.
+
+    prompts: str each; answers, finished: flat, answers_per_prompt of them for each prompt in turn.
+    """
+    questions = []
+    for i, prompt in enumerate(prompts):
+        group = range(i * answers_per_prompt, (i + 1) * answers_per_prompt)
+        for a, b in itertools.combinations(group, 2):
+            if answers[a] != answers[b] and answers[a].strip() and answers[b].strip():
+                questions.append(Question(prompt, (answers[a], answers[b]), (finished[a], finished[b])))
+    return questions
+
+
+def prefer_probability(gold_a, gold_b):
+    """P(a preferred over b) = sigmoid((gold_a - gold_b) / TAU) (Bradley and Terry 1952)."""
+    return 1 / (1 + np.exp(-(np.asarray(gold_a) - np.asarray(gold_b)) / TAU))
+
+
+def label_by_gold(questions, seed):
+    """Prefer by the gold score with Bradley-Terry noise; list of Pair."""
+    rng = np.random.default_rng((seed, 2))
+    golds = np.array([[reviews.gold(q.prompt, answer) for answer in q.answers] for q in questions])  # (N, 2)
+    first_wins = rng.random(len(questions)) < prefer_probability(golds[:, 0], golds[:, 1])
+    return [q.pair(0 if first else 1) for q, first in zip(questions, first_wins)]
+
+
+# ---- a person --------------------------------------------------------------------------------
+
+
+def read_journal(path):
+    """The answers that stand in a journal, undos applied, as a list of dicts.
+
+    The journal only grows: a line for each key pressed. A last line cut short by a kill is dropped.
+    """
+    answers = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if row["choice"] == "u":
+            answers = answers[:-1]
+        else:
+            answers.append(row)
+    return answers
+
+
+def write_journal(path, row):
+    """Append one line, and return once it is on the disk."""
+    whole = not path.exists() or path.read_bytes()[-1:] in (b"", b"\n")
+    with open(path, "a") as file:
+        file.write(("" if whole else "\n") + json.dumps(row) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def label_by_person(questions, count, path, seed, ask=input):
+    """Ask for up to `count` preferences in the terminal; list of Pair.
+
+    path: the journal. Every answer is in it before the next question is asked, so starting again
+    goes on where it stopped. Keys: 1 or 2, = for a tie, s skip, u undo, q quit.
+    """
+    print("Which answer is better?  1 or 2,  = equally good,  s skip,  u undo the last,  q quit (labels are kept)")
+    while True:
+        answered = read_journal(path)
+        seen = {(row["prompt"], *sorted(row["answers"])) for row in answered}
+        labels = sum(row["choice"] != "s" for row in answered)
+        question = next((q for q in questions if (q.prompt, *sorted(q.answers)) not in seen), None)
+        if labels >= count or question is None:
+            break
+        order = [0, 1]
+        random.Random(f"{seed} {question.prompt} {question.answers}").shuffle(order)
+        answers, finished = [[field[i] for i in order] for field in (question.answers, question.finished)]
+        print(f"\n[{labels + 1} of {count}]  {question.prompt}")
+        for number, (answer, done) in enumerate(zip(answers, finished), 1):
+            print(textwrap.fill(answer.strip() + ("" if done else " …"), 100,
+                                initial_indent=f"  {number}  ", subsequent_indent="     "))
+        choice = ""
+        while choice not in ("1", "2", "=", "s", "u", "q"):
+            try:
+                choice = ask("1 2 = s u q > ").strip().lower()
+            except EOFError:
+                choice = "q"
+        if choice == "q":
+            break
+        write_journal(path, {"choice": "u"} if choice == "u" else {
+            "choice": choice, "prompt": question.prompt, "answers": answers, "finished": finished})
+    return [Question(row["prompt"], tuple(row["answers"]), tuple(row["finished"]))
+            .pair(1 if row["choice"] == "2" else 0, tie=row["choice"] == "=")
+            for row in read_journal(path) if row["choice"] != "s"]

@@ -1,0 +1,314 @@
+"""One run: its device, its folder, its log, its checkpoints.
+
+    run.json       argv, options, versions, device, git commit
+    metrics.jsonl  a row per logged step; KEYS below says what each key means
+    samples.jsonl  texts along the way
+    ckpt.pt        all that is needed to go on or to use the model
+    eval.json      the figures at the end
+
+The loop is not here: it stands in the scripts. Next: train_lm.py.
+"""
+
+import json
+import math
+import os
+import pickle
+import platform
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from minirlhf.config import UserError
+from minirlhf.data import read_corpus
+from minirlhf.model import GPT, RewardModel, Shape
+from minirlhf.tokenizer import load_tokenizer
+
+IMPORTED = time.time()
+
+KEYS = {
+    "lm": {
+        "step": "optimizer steps so far",
+        "seconds": "wall time since the process started, everything included (earlier sittings of a resumed run too)",
+        "lr": "learning rate of this step",
+        "loss": "training loss of this step's batch, nats per token",
+        "tokens_per_second": "training tokens per second since the last row",
+        "val_loss": "nats per token on the held-out split",
+        "bits_per_byte": "total nats on the held-out split, eos included / (ln 2 x bytes)",
+    },
+    "rm": {
+        "step": "optimizer steps so far", "seconds": "as above", "lr": "learning rate of this step",
+        "loss": "pair loss of this step's batch, nats per pair",
+        "train_accuracy": "share of this step's pairs in which chosen scored higher (equal scores count half)",
+    },
+    "ppo": {
+        "step": "rollouts so far", "episodes": "answers sampled so far", "seconds": "as above",
+        "lr": "learning rate of this step",
+        "score": "mean normalised reward before penalties", "gold": "mean gold score, where known",
+        "reward": "mean per answer of score - penalties - β KL",
+        "kl": "k1 estimate of KL(policy || reference) before the update: nats summed over an answer, mean over answers",
+        "kl_k3": "k3 estimate of the same", "kl_coef": "β used in this step",
+        "entropy": "of the policy's next-token distribution, mean per token, nats",
+        "ratio_first": "largest |π_new / π_old - 1| in the rollout's first minibatch: 0 but for rounding",
+        "approx_kl": "k3 of KL(old || new), mean per token over the update",
+        "clip_frac": "share of tokens whose ratio was outside the clip, over the update",
+        "policy_loss": "clipped policy loss, mean over the update", "value_loss": "clipped value loss, mean over the update",
+        "explained_variance": "1 - Var(returns - old values) / Var(returns); null where returns do not vary",
+        "length": "mean tokens per answer, eos counted", "eos_rate": "share of answers that ended by themselves",
+        "eval": "the figures of eval.json, at the cadence of --eval_every",
+    },
+}
+
+
+# ---- the machine -----------------------------------------------------------------------------
+
+
+def process_seconds():
+    """Wall time since this process started: from /proc on Linux, elsewhere since this import."""
+    try:
+        ticks = int(Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19])
+        uptime = float(Path("/proc/uptime").read_text().split()[0])
+        return uptime - ticks / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError, IndexError):
+        return time.time() - IMPORTED
+
+
+def pick_device(name):
+    """auto: cuda, else mps, else cpu. A device that is not there is a UserError."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise UserError(f"--device {name}: no such device here; use --device cpu or auto") from None
+    return device
+
+
+def autocast(device, dtype):
+    """The context in which forwards run: bf16 matrix products with --dtype bfloat16, else nothing."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == "bfloat16")
+
+
+def learning_rate(lr, step, max_steps, warmup=0):
+    """Linear warm-up over `warmup` steps, then a straight line down to 0 at max_steps.
+
+    >>> [learning_rate(1.0, step, 5, warmup=1) for step in range(5)]
+    [1.0, 1.0, 0.75, 0.5, 0.25]
+    """
+    if step < warmup:
+        return lr * (step + 1) / warmup
+    return lr * max(0.0, (max_steps - step) / max(1, max_steps - warmup))
+
+
+# ---- files -----------------------------------------------------------------------------------
+
+
+def plain(value):
+    """JSON has no NaN and no infinity: they become null."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, (torch.Tensor, np.generic)):
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_atomic(path, write):
+    """write(temporary path), then move it into place: a reader never sees half a file."""
+    temporary = Path(f"{path}.tmp")
+    write(temporary)
+    os.replace(temporary, path)
+
+
+def write_json(path, value):
+    write_atomic(path, lambda temporary: temporary.write_text(json.dumps(plain(value), indent=1) + "\n"))
+
+
+def write_jsonl(path, rows):
+    write_atomic(path, lambda temporary: temporary.write_text("".join(json.dumps(plain(row)) + "\n" for row in rows)))
+
+
+def load_checkpoint(run_dir, stages=("lm", "rm", "ppo")):
+    """The dict in run_dir/ckpt.pt, on the CPU; one line for each way in which it can be unusable."""
+    path = Path(run_dir) / "ckpt.pt"
+    if not path.is_file():
+        there = "has no ckpt.pt" if Path(run_dir).is_dir() else "does not exist"
+        raise UserError(f"run folder {run_dir} {there}; train it first, or name another folder")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile):
+        raise UserError(f"{path}: truncated, or not a checkpoint of minirlhf; train that stage again") from None
+    if not isinstance(checkpoint, dict) or checkpoint.get("format") != "minirlhf":
+        raise UserError(f"{path}: not a checkpoint of minirlhf")
+    if checkpoint["stage"] not in stages:
+        kinds = {"lm": "a language model", "rm": "a reward model", "ppo": "a policy trained with PPO"}
+        raise UserError(f"{path}: holds {kinds[checkpoint['stage']]}; needed: {' or '.join(kinds[s] for s in stages)}")
+    return checkpoint
+
+
+def saved_config(run_dir):
+    """The options of a run that is to be resumed."""
+    return load_checkpoint(run_dir)["config"]
+
+
+def load_lm(run_dir, device):
+    """(GPT, tokenizer) of a language-model or PPO run."""
+    checkpoint = load_checkpoint(run_dir, ("lm", "ppo"))
+    model = GPT(Shape(**checkpoint["shape"]))
+    model.load_state_dict(checkpoint["model"])
+    return model.to(device), load_tokenizer(checkpoint["tokenizer"])
+
+
+def load_reward_model(run_dir, device):
+    """(RewardModel, tokenizer) of a reward-model run."""
+    checkpoint = load_checkpoint(run_dir, ("rm",))
+    model = RewardModel(GPT(Shape(**checkpoint["shape"])))
+    model.load_state_dict(checkpoint["model"])
+    return model.to(device).requires_grad_(False), load_tokenizer(checkpoint["tokenizer"])
+
+
+def lm_data(run_dir):
+    """The text that a language model learned (data.Corpus)."""
+    paths = load_checkpoint(run_dir, ("lm", "ppo"))["config"].get("data", [])
+    try:
+        return read_corpus(paths)
+    except UserError as error:
+        raise UserError(f"{error}: the text that {run_dir} learned; put it back, or name prompts with --prompts") from None
+
+
+def git_commit():
+    try:
+        out = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5,
+                             cwd=Path(__file__).parent)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return out.stdout.strip() or None if out.returncode == 0 else None
+
+
+# ---- the run ---------------------------------------------------------------------------------
+
+
+class Run:
+    """A run folder that is being written.
+
+    A fresh run replaces the files of an earlier one in the same folder (`keep` names those that
+    stay); `resume` reads its checkpoint, and drops log rows that are later than it, as after a
+    kill. `write=False` leaves no trace.
+    """
+
+    def __init__(self, stage, config, device, write=True):
+        self.stage, self.config, self.device, self.write = stage, config, device, write
+        self.folder = Path(config.out_dir)
+        self.checkpoint = None
+        self.interrupted = False
+        self.seconds_before = 0.0
+        self.saved_step = None
+        torch.manual_seed(config.seed)
+        if config.resume:
+            self.checkpoint = load_checkpoint(self.folder, (stage,))
+            self.saved_step = self.checkpoint["step"]
+            self.seconds_before = self.checkpoint["seconds"]
+        if not write:
+            return
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for name in ("metrics.jsonl", "samples.jsonl"):
+                if config.resume:
+                    self.drop_rows_after(self.folder / name, self.saved_step)
+            for name in ("metrics.jsonl", "samples.jsonl", "ckpt.pt", "eval.json"):
+                if not config.resume:
+                    (self.folder / name).unlink(missing_ok=True)
+            write_json(self.folder / "run.json", {
+                "stage": stage, "argv": sys.argv, "config": asdict(config), "device": str(device),
+                "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
+                "threads": torch.get_num_threads(), "git_commit": git_commit(), "cwd": os.getcwd(),
+                "started": time.strftime("%Y-%m-%d %H:%M:%S"),
+            })
+        except OSError as error:
+            raise UserError(f"--out_dir {self.folder}: cannot be written ({error.strerror})") from None
+
+    def catch_interrupts(self):
+        """From here on Ctrl-C sets `interrupted`, so that the loop can finish its step and save."""
+        self.handler = signal.signal(signal.SIGINT, self.on_interrupt)
+
+    def on_interrupt(self, *_):
+        self.interrupted = True
+        signal.signal(signal.SIGINT, self.handler)  # a second Ctrl-C stops at once
+
+    def seconds(self):
+        return self.seconds_before + process_seconds()
+
+    @staticmethod
+    def drop_rows_after(path, step):
+        """Keep the rows up to `step`; a last line that a kill cut short goes too."""
+        rows = []
+        for line in path.read_text().splitlines() if path.exists() else []:
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                break
+        write_jsonl(path, [row for row in rows if row["step"] <= step])
+
+    def append(self, name, rows):
+        if self.write:
+            with open(self.folder / name, "a") as file:
+                file.writelines(json.dumps(plain(row)) + "\n" for row in rows)
+
+    def log(self, **row):
+        """One row of metrics.jsonl; every key stands in KEYS."""
+        unknown = set(row) - set(KEYS[self.stage])
+        assert not unknown, f"{unknown} missing in run.KEYS"
+        self.append("metrics.jsonl", [row | {"seconds": round(self.seconds(), 3)}])
+
+    def log_samples(self, rows):
+        self.append("samples.jsonl", rows)
+
+    def save(self, step, shape, tokenizer, optimizers, **tensors):
+        """ckpt.pt, atomically. tensors: state dicts and plain values by name."""
+        if not self.write:
+            return
+        rng = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            rng["cuda"] = torch.cuda.get_rng_state(self.device)
+        state = {
+            "format": "minirlhf", "stage": self.stage, "step": step, "shape": asdict(shape),
+            "tokenizer": tokenizer.state(), "config": {key: list(value) if isinstance(value, tuple) else value
+                                                       for key, value in asdict(self.config).items()},
+            "optimizers": [optimizer.state_dict() for optimizer in optimizers], "rng": rng,
+            "seconds": self.seconds(), **tensors,
+        }
+        write_atomic(self.folder / "ckpt.pt", lambda temporary: torch.save(state, temporary))
+        self.saved_step = step
+
+    def restore(self, optimizers):
+        """Put the checkpoint's optimizers and random states back; returns its step (0 without one)."""
+        if self.checkpoint is None:
+            return 0
+        for optimizer, state in zip(optimizers, self.checkpoint["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
+        torch.set_rng_state(self.checkpoint["rng"]["cpu"])
+        if self.device.type == "cuda" and "cuda" in self.checkpoint["rng"]:
+            torch.cuda.set_rng_state(self.checkpoint["rng"]["cuda"], self.device)
+        return self.checkpoint["step"]
+
+    def check_finite(self, step, **figures):
+        """Stop before a NaN reaches the weights; the last checkpoint stays as it is."""
+        for name, value in figures.items():
+            if not math.isfinite(value):
+                raise UserError(f"{name} is {float(value)} at step {step}: the run stopped. The last good checkpoint "
+                                f"is {self.folder / 'ckpt.pt'} (step {self.saved_step}); go on with --resume and a lower --lr")
+
+    def stop_if_interrupted(self, script):
+        """After Ctrl-C and a save: say how to go on, and leave."""
+        if self.interrupted:
+            print(f"\nstopped; step {self.saved_step} is saved in {self.folder}. "
+                  f"Go on with: python {script} --resume --out_dir {self.folder}", file=sys.stderr)
+            sys.exit(130)

@@ -1,0 +1,194 @@
+"""Stage 1: pretrain a small GPT on text by next-token cross-entropy.
+
+    python train_lm.py                                   # the built-in restaurant reviews
+    python train_lm.py --data my.txt --data more.txt     # your own text, or .jsonl documents
+
+Writes runs/lm: the policy-to-be and frozen reference of the later stages. Next: train_rm.py.
+"""
+
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from minirlhf import data
+from minirlhf.config import UserError, command, option, parse
+from minirlhf.generate import generate
+from minirlhf.logprobs import cross_entropy
+from minirlhf.model import GPT, Shape
+from minirlhf.run import Run, autocast, learning_rate, load_tokenizer, pick_device, saved_config, write_json
+from minirlhf.tokenizer import BPE
+
+
+@dataclass
+class Config:
+    # files
+    data: tuple = option((), "text to learn: .txt (one stream) or .jsonl documents; none: the built-in reviews")
+    out_dir: str = option("runs/lm", "run folder to write")
+    # model
+    vocab_size: int = option(1024, "most tokens the tokenizer may have, 257 and up", low=257)
+    n_layer: int = option(2, "transformer blocks", low=1)
+    n_head: int = option(4, "attention heads", low=1)
+    n_embd: int = option(128, "channels", low=1)
+    block_size: int = option(64, "longest sequence, in tokens", low=4)
+    # optimisation
+    batch_size: int = option(64, "windows per step", low=1)
+    max_steps: int = option(160, "optimizer steps", low=1)
+    lr: float = option(3e-3, "peak learning rate of AdamW", low=0)
+    muon_lr: float = option(0.02, "peak learning rate of Muon for the blocks' matrices; 0: AdamW for them too", low=0)
+    warmup: int = option(20, "steps of linear warm-up; then linear decay to 0", low=0)
+    weight_decay: float = option(0.1, "weight decay, on matrices only", low=0)
+    grad_clip: float = option(1.0, "largest gradient norm", low=0)
+    # log
+    eval_every: int = option(80, "steps between evaluations on the held-out split", low=1)
+    save_every: int = option(200, "steps between checkpoints", low=1)
+    # machine
+    seed: int = option(1, "seed of weights, batches and samples", low=0)
+    device: str = option("auto", "cpu, cuda, mps or auto")
+    dtype: str = option("float32", "bfloat16: autocast", choices=("float32", "bfloat16"))
+    compile: bool = option(False, "run the training forward through torch.compile")
+    resume: bool = option(False, "go on from out_dir's checkpoint, with its options")
+
+
+def make_optimizers(model, config):
+    """Muon (Jordan et al. 2024) for the blocks' matrices, AdamW for the rest; weight decay on matrices only."""
+    blocks = [p for p in model.blocks.parameters() if p.dim() == 2] if config.muon_lr else []
+    taken = {id(p) for p in blocks}
+    others = [p for p in model.parameters() if id(p) not in taken]
+    groups = [{"params": [p for p in others if p.dim() == 2], "weight_decay": config.weight_decay},
+              {"params": [p for p in others if p.dim() != 2], "weight_decay": 0.0}]
+    optimizers = [(torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True), config.lr)]
+    if blocks:
+        muon = torch.optim.Muon(blocks, lr=config.muon_lr, weight_decay=config.weight_decay)
+        optimizers.append((muon, config.muon_lr))
+    return optimizers
+
+
+@torch.no_grad()
+def evaluate(model, corpus, tokenizer, dtype, batch_size=64):
+    """(nats per token, bits per byte) over the whole held-out split, each token scored once.
+
+    A text longer than the block is read in windows that overlap by half, and a token is scored in
+    the first window that reaches it.
+    """
+    device, T = model.head_weight.device, model.shape.block_size
+    rows = []  # (ids, index of the first target to score)
+    for prompt, text in corpus.held_out:
+        rows.append(([tokenizer.eos] + tokenizer.encode(prompt) + tokenizer.encode(text) + [tokenizer.eos], 0))
+    rows += [([tokenizer.eos] + tokenizer.encode(text), 0) for text in corpus.held_out_streams if text]
+    windows = []
+    for ids, _ in rows:
+        done = 0
+        while done < len(ids) - 1:
+            first = max(0, done - T // 2) if done else 0
+            piece = ids[first: first + T + 1]
+            windows.append((piece, done - first))
+            done = first + len(piece) - 1
+    windows.sort(key=lambda window: len(window[0]))
+    nats, tokens = 0.0, 0
+    for i in range(0, len(windows), batch_size):
+        batch = windows[i: i + batch_size]
+        ids, last = data.right_pad([piece for piece, _ in batch])
+        targets = ids[:, 1:].clone()
+        for row, (_, first) in enumerate(batch):
+            targets[row, :first] = -100
+            targets[row, last[row]:] = -100
+        with autocast(device, dtype):
+            logits = model(ids[:, :-1].to(device)) @ model.head_weight.T
+        nats += cross_entropy(logits.float(), targets.to(device), reduction="sum").item()
+        tokens += int((targets != -100).sum())
+    num_bytes = sum(len((prompt + text).encode()) for prompt, text in corpus.held_out)
+    num_bytes += sum(len(text.encode()) for text in corpus.held_out_streams)
+    return nats / tokens, nats / (math.log(2) * num_bytes)
+
+
+def train(config, corpus, tokenizer=None):
+    """Train on `corpus` (data.Corpus) and return (model, tokenizer); tokenizer None: train a BPE on it."""
+    device = pick_device(config.device)
+    if config.n_embd % config.n_head:
+        raise UserError(f"--n_embd {config.n_embd} must be divisible by --n_head {config.n_head}")
+
+    # ---- setup ----
+    run = Run("lm", config, device)
+    if run.checkpoint:
+        tokenizer, shape = load_tokenizer(run.checkpoint["tokenizer"]), Shape(**run.checkpoint["shape"])
+    else:
+        tokenizer = tokenizer or BPE.train(corpus.training_texts(), config.vocab_size)
+        shape = Shape(tokenizer.vocab_size, config.block_size, config.n_layer, config.n_head, config.n_embd)
+    model = GPT(shape).to(device)
+    if run.checkpoint:
+        model.load_state_dict(run.checkpoint["model"])
+    forward = torch.compile(model) if config.compile else model
+    optimizers = make_optimizers(model, config)
+    windows = data.Windows(corpus, tokenizer, shape.block_size)
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {tokenizer.vocab_size} tokens in the vocabulary, "
+          f"{windows.num_tokens:,} to train on, {device}")
+
+    def save(step):
+        run.save(step, shape, tokenizer, [optimizer for optimizer, _ in optimizers], model=model.state_dict())
+
+    def evaluate_and_log(step, **row):
+        val_loss, bits_per_byte = evaluate(model, corpus, tokenizer, config.dtype)
+        run.log(step=step, val_loss=val_loss, bits_per_byte=bits_per_byte, **row)
+        rollout = generate(model, [[tokenizer.eos]] * 3, shape.block_size - 1, tokenizer.eos,
+                           generator=torch.Generator(device).manual_seed(step))
+        texts = rollout.texts(tokenizer)
+        run.log_samples([{"step": step, "prompt": "", "response": text} for text in texts])
+        tqdm.write(f"step {step}: held-out {val_loss:.3f} nats/token, {bits_per_byte:.3f} bits/byte. "
+                   f"Sample: {texts[0].strip()[:160]!r}")
+        return {"val_loss": val_loss, "bits_per_byte": bits_per_byte}
+
+    # ---- loop ----
+    first = run.restore([optimizer for optimizer, _ in optimizers])
+    if first == 0:
+        save(0)
+    figures, speed, seen, clock = {}, 0.0, 0, time.time()
+    run.catch_interrupts()
+    bar = tqdm(range(first, config.max_steps), initial=first, total=config.max_steps, desc="lm", mininterval=0.5)
+    for step in bar:
+        for optimizer, lr in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(lr, step, config.max_steps, config.warmup)
+        inputs, targets = windows.batch(config.seed, step, config.batch_size)  # (B, T) each
+        with autocast(device, config.dtype):
+            logits = forward(inputs.to(device)) @ model.head_weight.T  # (B, T, V)
+        loss = cross_entropy(logits.float(), targets.to(device))
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+        run.check_finite(step, loss=loss.item(), gradient=norm.item())
+        for optimizer, _ in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+
+        seen += inputs.numel()
+        done = step + 1
+        bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
+        last = done == config.max_steps
+        if done % config.eval_every == 0 or last:
+            speed = seen / (time.time() - clock)
+            figures = evaluate_and_log(done, loss=loss.item(), lr=optimizers[0][0].param_groups[0]["lr"], tokens_per_second=speed)
+            seen, clock = 0, time.time()
+        elif done % 10 == 0:
+            run.log(step=done, loss=loss.item(), lr=optimizers[0][0].param_groups[0]["lr"])
+        if done % config.save_every == 0 or last or run.interrupted:
+            save(done)
+        run.stop_if_interrupted("train_lm.py")
+
+    # ---- finish ----
+    if figures:
+        write_json(run.folder / "eval.json", figures | {"tokens_per_second": speed})
+    return model, tokenizer
+
+
+def main():
+    config = parse(Config, __doc__, saved_config=saved_config)
+    config.data = tuple(str(Path(path).resolve()) for path in config.data)  # later stages look there for prompts
+    train(config, data.read_corpus(config.data))
+    print(f"saved in {config.out_dir}; next: python train_rm.py")
+
+
+if __name__ == "__main__":
+    command(main)
