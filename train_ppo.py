@@ -182,7 +182,7 @@ def print_explanation(tokens, prompt, score, finished, config, kl_coef, step_col
     print("step".ljust(width) + "".join(f"{number:>11}" for number, _ in step_columns))
     print("token".ljust(width) + "".join(f"{name:>11}" for _, name in step_columns))
     for t, token in enumerate(tokens):
-        print(token.ljust(width) + "".join(f"{values[t]:>+11.4f}" for values in step_columns.values()))
+        print(token.ljust(width) + "".join(f"{values[t] + 0.0:>+11.4f}" for values in step_columns.values()))
     print("\n4: reward = score on the last token (less the penalty) - β KL.   5: return = advantage + value; what the"
           "\npolicy is trained on is the advantage whitened over the rollout.   6: the log-prob after this step's update.\n")
 

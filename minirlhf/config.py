@@ -61,7 +61,7 @@ def parse(config_class, description, argv=None, saved_config=None):
         if isinstance(default, bool):
             kind["action"] = "store_true" if field.name in ("resume", "explain") else argparse.BooleanOptionalAction
         elif isinstance(default, tuple):
-            kind |= dict(action="append", metavar="FILE")
+            kind |= dict(action="append", metavar="TEXT" if field.name == "prompt" else "FILE")
             help += " (repeatable)"
         elif meta["choices"]:
             kind["choices"] = meta["choices"]

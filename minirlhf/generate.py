@@ -10,7 +10,10 @@ from dataclasses import dataclass
 
 import torch
 
+from minirlhf.config import UserError, command, option, parse
+from minirlhf.data import encode_prompts
 from minirlhf.model import KVCache
+from minirlhf.run import load_lm, pick_device
 
 
 @dataclass
@@ -131,3 +134,53 @@ def columns(cells, width=None):
     height = max(map(len, wrapped))
     wrapped = [lines + [""] * (height - len(lines)) for lines in wrapped]
     return "\n".join(" | ".join(part.ljust(each) for part in parts).rstrip() for parts in zip(*wrapped))
+
+
+# ---- python -m minirlhf.generate -------------------------------------------------------------
+
+
+@dataclass
+class Config:
+    run: str = option("runs/ppo", "run folder of a language model or a PPO policy")
+    compare: str = option("", "a second run, whose answers are shown beside the first one's")
+    prompt: tuple = option((), "what to answer; none: two prompts of the built-in world")
+    num_samples: int = option(3, "answers to each prompt", low=1)
+    max_new_tokens: int = option(48, "longest answer, in tokens", low=1)
+    temperature: float = option(1.0, "of the softmax; below 1 plays safe", low=0.01)
+    seed: int = option(1, "seed of the samples", low=0)
+    device: str = option("auto", "cpu, cuda, mps or auto")
+
+
+def answers_of(config, run_dir, prompts):
+    """Lists of config.num_samples answers, one list a prompt."""
+    device = pick_device(config.device)
+    model, tokenizer = load_lm(run_dir, device)
+    room = model.shape.block_size - config.max_new_tokens
+    if room < 2:
+        raise UserError(f"--max_new_tokens {config.max_new_tokens} leaves no room for a prompt: "
+                        f"{run_dir} reads {model.shape.block_size} tokens")
+    rows, cut = encode_prompts(tokenizer, prompts, room)
+    if cut:
+        print(f"{cut} prompts were cut from the left to fit {run_dir}'s {model.shape.block_size} tokens")
+    torch.manual_seed(config.seed)
+    rollout = generate(model, [row for row in rows for _ in range(config.num_samples)], config.max_new_tokens,
+                       tokenizer.eos, config.temperature)
+    texts = [text.strip() + ("" if done else " …") for text, done in zip(rollout.texts(tokenizer), rollout.finished.tolist())]
+    return [texts[i: i + config.num_samples] for i in range(0, len(texts), config.num_samples)]
+
+
+def main():
+    config = parse(Config, "Print answers of a run, or of two runs side by side.")
+    prompts = list(config.prompt) or ["I had the ramen at Luna.", "I had the salad at Willow."]
+    runs = [config.run] + ([config.compare] if config.compare else [])
+    answers = [answers_of(config, run_dir, prompts) for run_dir in runs]
+    for i, prompt in enumerate(prompts):
+        print(f"\n{prompt}")
+        if config.compare:
+            print(columns(runs))
+        for texts in zip(*(run_answers[i] for run_answers in answers)):
+            print(columns([f"- {text}" for text in texts]))
+
+
+if __name__ == "__main__":
+    command(main)

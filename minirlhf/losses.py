@@ -2,7 +2,7 @@
 
 mask: bool (B, T), True for the tokens that the policy chose, eos included. Whatever stands behind
 the mask changes nothing, not even if it is inf. Log-probs, KL and entropy are in nats.
-No networks, no options, no sampling here. Next: run.py.
+No networks, no options, no sampling here. Next: train_lm.py.
 """
 
 import torch

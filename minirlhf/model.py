@@ -1,7 +1,7 @@
 """A GPT-2 (Radford et al. 2019) and the scalar head that turns its trunk into a reward or value.
 
 Pre-norm, learned positions, tanh GELU, output layer tied to the embedding, no dropout anywhere.
-Shapes: B batch, T time, C channels, V vocabulary, H heads, D = C / H head size. Next: logprobs.py.
+Shapes: B batch, T time, C channels, V vocabulary, H heads, D = C / H head size. Next: run.py.
 """
 
 import copy

@@ -6,7 +6,7 @@
     ckpt.pt        all that is needed to go on or to use the model
     eval.json      the figures at the end
 
-The loop is not here: it stands in the scripts. Next: train_lm.py.
+The loop is not here: it stands in the scripts. Next: logprobs.py.
 """
 
 import json
