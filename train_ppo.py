@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 from tqdm import tqdm
 
 from minirlhf import data, losses, reviews
@@ -281,6 +282,10 @@ def train(config, policy, reward_model, tokenizer, reward_fn=None):
         scores = score_rollout(rollout, batch_prompts, responses)  # (B,)
         golds = gold_reward(batch_prompts, responses) if gold_known else None
         penalties = config.missing_eos_penalty * ~rollout.finished
+        if reward_fn is not None and step == 0:
+            # A function's scores have any mean, a reward model's have mean 0. Until the value head had learned that
+            # mean, GAE with λ < 1 would take it for a reason to end early.
+            nn.init.constant_(value_head.linear.bias, (scores - penalties).mean().item())
 
         # ---- 3. log-probs under policy and reference, values: those of token t come from position t - 1 ----
         with torch.no_grad(), autocast(device, config.dtype):

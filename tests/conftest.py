@@ -18,7 +18,7 @@ from minirlhf.model import GPT, Shape
 
 # Options that make each stage take seconds.
 TINY = {
-    train_lm: "--n_layer 1 --n_head 2 --n_embd 32 --batch_size 16 --max_steps 40 --eval_every 20 --save_every 20",
+    train_lm: "--n_layer 2 --n_head 2 --n_embd 48 --batch_size 32 --max_steps 80 --eval_every 40 --save_every 40",
     train_rm: "--num_pairs 480 --epochs 2 --batch_size 48 --max_new_tokens 40 --save_every 10",
     train_ppo: "--max_steps 4 --batch_size 16 --minibatch_size 8 --max_new_tokens 40 --eval_answers 32 --sample_every 2",
 }
@@ -67,9 +67,9 @@ def cli(monkeypatch, capfd):
     return run
 
 
-def run_stage(script, arguments):
-    """Run a script's main() with the options of TINY; UserError passes through."""
-    argv, sys.argv = sys.argv, [Path(script.__file__).name, *TINY[script].split(), *arguments.split()]
+def run_stage(script, arguments, tiny=True):
+    """Run a script's main(), with the options of TINY if tiny; UserError passes through."""
+    argv, sys.argv = sys.argv, [Path(script.__file__).name, *(TINY[script].split() if tiny else ()), *arguments.split()]
     try:
         script.main()
     finally:
