@@ -75,18 +75,17 @@ def evaluate(model, corpus, tokenizer, dtype, batch_size=64):
     the first window that reaches it.
     """
     device, T = model.head_weight.device, model.shape.block_size
-    rows = []  # (ids, index of the first target to score)
-    for prompt, text in corpus.held_out:
-        rows.append(([tokenizer.eos] + tokenizer.encode(prompt) + tokenizer.encode(text) + [tokenizer.eos], 0))
-    rows += [([tokenizer.eos] + tokenizer.encode(text), 0) for text in corpus.held_out_streams if text]
-    windows = []
-    for ids, _ in rows:
-        done = 0
-        while done < len(ids) - 1:
-            first = max(0, done - T // 2) if done else 0
+    texts = [[tokenizer.eos] + tokenizer.encode(prompt) + tokenizer.encode(text) + [tokenizer.eos]
+             for prompt, text in corpus.held_out]
+    texts += [[tokenizer.eos] + tokenizer.encode(text) for text in corpus.held_out_streams if text]
+    windows = []  # (ids, index of the first target to score)
+    for ids in texts:
+        first = scored = 0
+        while scored < len(ids) - 1:
             piece = ids[first: first + T + 1]
-            windows.append((piece, done - first))
-            done = first + len(piece) - 1
+            windows.append((piece, scored - first))
+            scored = first + len(piece) - 1
+            first = scored - T // 2
     windows.sort(key=lambda window: len(window[0]))
     nats, tokens = 0.0, 0
     for i in range(0, len(windows), batch_size):

@@ -230,6 +230,9 @@ def train(config, policy, reward_model, tokenizer, reward_fn=None):
     if cut:
         print(f"{cut} of {len(train_prompts)} prompts were cut from the left to leave room for {config.max_new_tokens} new tokens")
     gold_known = all(reviews.dish_of(prompt) for prompt in prompts)
+    if reward_fn is not None:  # find out whether it works before an earlier run's files are replaced
+        probe = generate(policy, train_ids[:2], config.max_new_tokens, tokenizer.eos, generator=torch.Generator(device).manual_seed(0))
+        call_reward_function(reward_fn, config.reward, train_prompts[:2], probe.texts(tokenizer))
 
     run = Run("ppo", config, device, write=not config.explain)
     reference = copy.deepcopy(policy).requires_grad_(False)

@@ -34,14 +34,14 @@ class Config:
     # preferences
     labeler: str = option("gold", "who labels sampled answers", choices=("gold", "human"))
     policy: str = option("", "run whose answers are compared; default: --lm")
-    num_pairs: int = option(0, "pairs to gather; 0: 24576 with gold, 100 with a person", low=0)
+    num_pairs: int = option(0, "pairs to gather; 0: 12288 with gold, 100 with a person", low=0)
     answers_per_prompt: int = option(4, "answers sampled per prompt, every two of them a pair", low=2)
     max_new_tokens: int = option(48, "longest answer, in tokens", low=1)
     # optimisation
-    epochs: int = option(3, "passes over the pairs", low=1)
+    epochs: int = option(4, "passes over the pairs", low=1)
     lr: float = option(2e-3, "peak learning rate; linear warm-up, linear decay to 0", low=0)
     warmup: int = option(20, "steps of linear warm-up", low=0)
-    batch_size: int = option(384, "pairs per step; those of one prompt stay together", low=1)
+    batch_size: int = option(192, "pairs per step; those of one prompt stay together", low=1)
     grad_clip: float = option(1.0, "largest gradient norm", low=0)
     save_every: int = option(100, "steps between checkpoints", low=1)
     # machine
@@ -55,14 +55,15 @@ class Config:
 def sample_questions(config, policy, tokenizer, prompts):
     """Sample answers to the prompts and put every two answers to one prompt beside each other."""
     per_prompt = math.comb(config.answers_per_prompt, 2)
-    wanted = config.num_pairs or {"gold": 24576, "human": 100}[config.labeler]
+    wanted = config.num_pairs or {"gold": 12288, "human": 100}[config.labeler]
     chosen = [prompts[i] for i in data.order(len(prompts), config.seed, 0, math.ceil(wanted / per_prompt))]
     ids, cut = data.encode_prompts(tokenizer, chosen, policy.shape.block_size - config.max_new_tokens)
     if cut:
         print(f"{cut} prompts were cut from the left to fit the model's {policy.shape.block_size} tokens")
     repeated = [row for row in ids for _ in range(config.answers_per_prompt)]
+    generator = torch.Generator(policy.head_weight.device).manual_seed(config.seed)
     answers, finished = [], []
-    for rollout in tqdm(generate_all(policy, repeated, config.max_new_tokens, tokenizer.eos),
+    for rollout in tqdm(generate_all(policy, repeated, config.max_new_tokens, tokenizer.eos, generator=generator),
                         desc="sampling", total=math.ceil(len(repeated) / 1024)):
         answers += rollout.texts(tokenizer)
         finished += rollout.finished.tolist()
@@ -194,11 +195,11 @@ def train(config, lm, tokenizer, policy=None):
         prompts = sorted({pair.prompt for pair in data.read_pairs(config.prefs)[0]} - {""})
     if not prompts:
         prompts = data.corpus_prompts(lm_data(config.lm), config.prompt_words)
-    run = Run("rm", config, device)
-    pairs_file = run.folder / "pairs.jsonl"
-    pairs = data.read_pairs([pairs_file])[0] if run.checkpoint else gather(config, policy or lm, tokenizer, prompts)
+    pairs_file = Path(config.out_dir) / "pairs.jsonl"
+    pairs = data.read_pairs([pairs_file])[0] if config.resume else gather(config, policy or lm, tokenizer, prompts)
     if len(pairs) < 8:
         raise UserError(f"{len(pairs)} preference pairs; at least 8 are needed")
+    run = Run("rm", config, device)
     golds = gold_of(pairs)
     write_jsonl(pairs_file, [pair.row() | ({} if golds is None else {"gold": list(golds[i])}) for i, pair in enumerate(pairs)])
 

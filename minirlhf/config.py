@@ -91,5 +91,5 @@ def command(main):
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("\nstopped before the first checkpoint", file=sys.stderr)
+        print("\nstopped", file=sys.stderr)
         sys.exit(130)

@@ -83,6 +83,7 @@ def read_journal(path):
 
 def write_journal(path, row):
     """Append one line, and return once it is on the disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     whole = not path.exists() or path.read_bytes()[-1:] in (b"", b"\n")
     with open(path, "a") as file:
         file.write(("" if whole else "\n") + json.dumps(row) + "\n")

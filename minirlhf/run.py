@@ -242,6 +242,7 @@ class Run:
     def on_interrupt(self, *_):
         self.interrupted = True
         signal.signal(signal.SIGINT, self.handler)  # a second Ctrl-C stops at once
+        print("\nfinishing this step, then saving (Ctrl-C again: stop at once)", file=sys.stderr)
 
     def seconds(self):
         return self.seconds_before + process_seconds()
