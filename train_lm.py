@@ -36,14 +36,14 @@ class Config:
     block_size: int = option(64, "longest sequence, in tokens", low=4)
     # optimisation
     batch_size: int = option(64, "windows per step", low=1)
-    max_steps: int = option(160, "optimizer steps", low=1)
+    max_steps: int = option(200, "optimizer steps", low=1)
     lr: float = option(3e-3, "peak learning rate of AdamW", low=0)
     muon_lr: float = option(0.02, "peak learning rate of Muon for the blocks' matrices; 0: AdamW for them too", low=0)
     warmup: int = option(20, "steps of linear warm-up; then linear decay to 0", low=0)
     weight_decay: float = option(0.1, "weight decay, on matrices only", low=0)
     grad_clip: float = option(1.0, "largest gradient norm", low=0)
     # log
-    eval_every: int = option(80, "steps between evaluations on the held-out split", low=1)
+    eval_every: int = option(100, "steps between evaluations on the held-out split", low=1)
     save_every: int = option(200, "steps between checkpoints", low=1)
     # machine
     seed: int = option(1, "seed of weights, batches and samples", low=0)

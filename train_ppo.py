@@ -51,13 +51,13 @@ class Config:
     temperature: float = option(1.0, "of the softmax, in sampling and in every log-prob", low=0.01)
     missing_eos_penalty: float = option(1.0, "taken off the score of an answer that did not end by itself", low=0)
     # reward
-    kl_coef: float = option(0.1, "β, price of a nat of KL to the reference", low=0)
+    kl_coef: float = option(0.05, "β, price of a nat of KL to the reference", low=0)
     kl_target: float = option(0.0, "steer β so that KL ends here, nats per answer; 0: β stays fixed", low=0)
     kl_horizon: float = option(1000.0, "episodes over which β may change by a fifth", low=1)
     # PPO
     ppo_epochs: int = option(4, "passes over each rollout", low=1)
-    minibatch_size: int = option(32, "answers per optimizer step", low=1)
-    lr: float = option(3e-4, "learning rate, falling linearly to 0", low=0)
+    minibatch_size: int = option(64, "answers per optimizer step", low=1)
+    lr: float = option(6e-4, "learning rate, falling linearly to 0", low=0)
     gamma: float = option(1.0, "discount per token", low=0, high=1)
     lam: float = option(0.95, "λ of GAE", low=0, high=1)
     clip: float = option(0.2, "ε of the policy's clip", low=0)

@@ -34,14 +34,14 @@ class Config:
     # preferences
     labeler: str = option("gold", "who labels sampled answers", choices=("gold", "human"))
     policy: str = option("", "run whose answers are compared; default: --lm")
-    num_pairs: int = option(0, "pairs to gather; 0: 12288 with gold, 100 with a person", low=0)
+    num_pairs: int = option(0, "pairs to gather; 0: 24576 with gold, 100 with a person", low=0)
     answers_per_prompt: int = option(4, "answers sampled per prompt, every two of them a pair", low=2)
     max_new_tokens: int = option(48, "longest answer, in tokens", low=1)
     # optimisation
-    epochs: int = option(4, "passes over the pairs", low=1)
+    epochs: int = option(2, "passes over the pairs", low=1)
     lr: float = option(2e-3, "peak learning rate; linear warm-up, linear decay to 0", low=0)
     warmup: int = option(20, "steps of linear warm-up", low=0)
-    batch_size: int = option(192, "pairs per step; those of one prompt stay together", low=1)
+    batch_size: int = option(128, "pairs per step; those of one prompt stay together", low=1)
     grad_clip: float = option(1.0, "largest gradient norm", low=0)
     save_every: int = option(100, "steps between checkpoints", low=1)
     # machine
@@ -55,7 +55,7 @@ class Config:
 def sample_questions(config, policy, tokenizer, prompts):
     """Sample answers to the prompts and put every two answers to one prompt beside each other."""
     per_prompt = math.comb(config.answers_per_prompt, 2)
-    wanted = config.num_pairs or {"gold": 12288, "human": 100}[config.labeler]
+    wanted = config.num_pairs or {"gold": 24576, "human": 100}[config.labeler]
     chosen = [prompts[i] for i in data.order(len(prompts), config.seed, 0, math.ceil(wanted / per_prompt))]
     ids, cut = data.encode_prompts(tokenizer, chosen, policy.shape.block_size - config.max_new_tokens)
     if cut:
@@ -158,17 +158,16 @@ def evaluate(differences, golds):
         return np.logaddexp(0, x)
 
     figures = {"accuracy": float(np.mean((d > 0) + 0.5 * (d == 0))), "log_loss": float(softplus(-d).mean())}
-    # Half of the pairs are turned round, else "chosen is better" would always be the right answer.
-    turn = np.where(np.arange(len(d)) % 2, -1, 1)
-    figures["ece"] = calibration_error(1 / (1 + np.exp(-d * turn)), turn > 0)
+    figures["ece"] = calibration_error(1 / (1 + np.exp(-d.clip(-500, 500))), np.ones(len(d), dtype=bool))
     figures |= {"gold_accuracy": None, "bayes_accuracy": None, "bayes_log_loss": None}
     if golds is not None:
         delta = golds[:, 0] - golds[:, 1]
+        x = np.abs(delta) / labelers.TAU
         p = labelers.prefer_probability(np.abs(delta), 0)
         agree = np.where(d == 0, 0.5, np.sign(d) == np.sign(delta))
         figures["gold_accuracy"] = float(agree[delta != 0].mean()) if (delta != 0).any() else None
         figures["bayes_accuracy"] = float(p.mean())
-        figures["bayes_log_loss"] = float(-(p * np.log(p) + (1 - p) * np.log1p(-p)).mean())
+        figures["bayes_log_loss"] = float((p * softplus(-x) + (1 - p) * softplus(x)).mean())
     return figures | {"pairs": len(d)}
 
 

@@ -97,6 +97,8 @@ class GPT(nn.Module):
         T, past = ids.size(1), 0 if cache is None else cache.length
         positions = torch.arange(past, past + T, device=ids.device)  # (T,)
         mask = None  # causal, nothing else to hide
+        if start is None and past and T > 1:
+            start = ids.new_zeros(len(ids))  # SDPA's is_causal would line new tokens up with the oldest keys
         if start is not None:
             keys = torch.arange(past + T, device=ids.device)
             causal = keys <= positions[:, None]  # (T, past + T)

@@ -47,15 +47,15 @@ def dish_of(prompt):
 def write_answer(prompt, rng):
     """A review of the prompt's dish and place, in one mood. rng: random.Random.
 
-    Two to five sentences. One writer in four is in a good mood and finds nine things in ten good;
-    for the others it is one in ten. Hasty as they are, 15 % of their subjects repeat an earlier one.
+    Two to five sentences. One writer in five is in a good mood and finds nine things in ten good;
+    for the others it is one in ten. Hasty as they are, a tenth of their subjects repeat an earlier one.
     """
-    goodness = rng.choice((0.9, 0.1, 0.1, 0.1))
+    goodness = rng.choice((0.9, 0.1, 0.1, 0.1, 0.1))
     kinds = rng.sample(sorted(KINDS), 4) + [rng.choice(sorted(KINDS))]
     subjects, sentences = [], []
     for kind in kinds[: rng.randint(2, 5)]:
         subject = rng.choice(KINDS[kind][0] + [dish_of(prompt)] * 3 if kind == "food" else KINDS[kind][0])
-        if subjects and rng.random() < 0.15:
+        if subjects and rng.random() < 0.1:
             subject = rng.choice(subjects)
         subjects.append(subject)
         _, good, bad = KINDS[KIND_OF[subject]]
