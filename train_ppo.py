@@ -46,7 +46,7 @@ class Config:
     reward: str = option("rm", "what to maximise: rm, gold (built-in world) or MODULE:FUNCTION")
     # rollouts
     max_steps: int = option(60, "rollouts", low=1)
-    batch_size: int = option(128, "answers per rollout", low=1)
+    batch_size: int = option(256, "answers per rollout", low=1)
     max_new_tokens: int = option(48, "longest answer, in tokens", low=1)
     temperature: float = option(1.0, "of the softmax, in sampling and in every log-prob", low=0.01)
     missing_eos_penalty: float = option(1.0, "taken off the score of an answer that did not end by itself", low=0)
@@ -55,7 +55,7 @@ class Config:
     kl_target: float = option(0.0, "steer β so that KL ends here, nats per answer; 0: β stays fixed", low=0)
     kl_horizon: float = option(1000.0, "episodes over which β may change by a fifth", low=1)
     # PPO
-    ppo_epochs: int = option(4, "passes over each rollout", low=1)
+    ppo_epochs: int = option(2, "passes over each rollout", low=1)
     minibatch_size: int = option(64, "answers per optimizer step", low=1)
     lr: float = option(6e-4, "learning rate, falling linearly to 0", low=0)
     gamma: float = option(1.0, "discount per token", low=0, high=1)

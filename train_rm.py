@@ -34,7 +34,7 @@ class Config:
     # preferences
     labeler: str = option("gold", "who labels sampled answers", choices=("gold", "human"))
     policy: str = option("", "run whose answers are compared; default: --lm")
-    num_pairs: int = option(0, "pairs to gather; 0: 24576 with gold, 100 with a person", low=0)
+    num_pairs: int = option(0, "pairs to gather; 0: 20480 with gold, 100 with a person", low=0)
     answers_per_prompt: int = option(4, "answers sampled per prompt, every two of them a pair", low=2)
     max_new_tokens: int = option(48, "longest answer, in tokens", low=1)
     # optimisation
@@ -55,7 +55,7 @@ class Config:
 def sample_questions(config, policy, tokenizer, prompts):
     """Sample answers to the prompts and put every two answers to one prompt beside each other."""
     per_prompt = math.comb(config.answers_per_prompt, 2)
-    wanted = config.num_pairs or {"gold": 24576, "human": 100}[config.labeler]
+    wanted = config.num_pairs or {"gold": 20480, "human": 100}[config.labeler]
     chosen = [prompts[i] for i in data.order(len(prompts), config.seed, 0, math.ceil(wanted / per_prompt))]
     ids, cut = data.encode_prompts(tokenizer, chosen, policy.shape.block_size - config.max_new_tokens)
     if cut:

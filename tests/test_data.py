@@ -319,8 +319,8 @@ def test_stream_windows_begin_anywhere_and_stay_inside():
     windows = Windows(Corpus(train_streams=[text]), BYTES, block_size=4)
     row = [EOS, *text.encode()]
     possible = {tuple(row[i: i + 5]) for i in range(len(row) - 4)}
-    seen = {tuple(window) for window in all_windows(windows, epochs=60)}
-    assert seen == possible
+    assert {tuple(window) for window in all_windows(windows, epochs=60)} == possible
+    assert len({tuple(windows.batch(0, step, 1)[0][0].tolist()) for step in range(40)}) > 10  # anew in each step
 
 
 def test_stream_windows_cover_each_part_once_an_epoch():
@@ -519,6 +519,12 @@ def test_groups_of_by_hand():
     assert data.groups_of([ab, bc, cd, ef]) == [[ab, bc, cd], [ef]]  # c d shares its text with b c only
     assert data.groups_of([ab, other, bc]) == [[ab], [other], [bc]]  # another prompt; and no neighbour any more
     assert data.groups_of([]) == []
+
+
+def test_all_pairs_of_a_prompts_answers_are_one_group():
+    """Of ab ac ad bc bd cd, bc shares nothing with ad before it, but both of its texts with the group."""
+    pairs = [Pair(prompt, *two) for prompt in "pq" for two in itertools.combinations("abcd", 2)]
+    assert data.groups_of(pairs) == [pairs[:6], pairs[6:]]
 
 
 # ---- rows of ids -----------------------------------------------------------------------------

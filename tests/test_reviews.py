@@ -149,7 +149,9 @@ def test_corpus_names_every_prompt_and_uses_the_whole_grammar():
     sentences = [sentence for _, answer in documents[:3000] for sentence in read(answer)]
     assert {kind for _, kind, *_ in sentences} == set(reviews.KINDS)
     assert len({(good, negated, intense) for _, _, good, negated, intense in sentences}) == 8
-    assert any(len({s for s, *_ in read(answer)}) < len(read(answer)) for _, answer in documents[:100])  # repeats
+    # Up to four sentences have four different kinds, but for the writers who repeat a subject.
+    short = [[subject for subject, *_ in read(answer)] for _, answer in documents[:3000] if answer.count(".") <= 4]
+    assert 0.05 < np.mean([len(set(subjects)) < len(subjects) for subjects in short]) < 0.5
 
 
 def test_both_moods_are_plain_to_see():
