@@ -31,7 +31,7 @@ from minirlhf.config import UserError, command, option, parse
 from minirlhf.generate import columns, generate, generate_all
 from minirlhf.logprobs import token_logprobs
 from minirlhf.model import ScalarHead
-from minirlhf.run import (Run, autocast, learning_rate, lm_data, load_lm, load_reward_model, pick_device, saved_config,
+from minirlhf.run import (Run, autocast, learning_rate, lm_prompts, load_lm, load_reward_model, pick_device, saved_config,
                           write_json)
 
 
@@ -203,7 +203,7 @@ def choose_prompts(config):
     if config.reward == "rm":
         pairs, _ = data.read_pairs([Path(config.rm) / "pairs.jsonl"])
         prompts = list(dict.fromkeys(pair.prompt for pair in pairs if pair.prompt))
-    return prompts or data.corpus_prompts(lm_data(config.lm), config.prompt_words)
+    return prompts or lm_prompts(config.lm, config.prompt_words)
 
 
 def train(config, policy, reward_model, tokenizer, reward_fn=None):

@@ -19,7 +19,7 @@ from minirlhf import data, labelers, losses, reviews
 from minirlhf.config import UserError, command, option, parse
 from minirlhf.generate import generate_all
 from minirlhf.model import RewardModel
-from minirlhf.run import (Run, autocast, lm_data, learning_rate, load_checkpoint, load_lm, pick_device, saved_config,
+from minirlhf.run import (Run, autocast, lm_prompts, learning_rate, load_checkpoint, load_lm, pick_device, saved_config,
                           write_json, write_jsonl)
 
 
@@ -193,7 +193,7 @@ def train(config, lm, tokenizer, policy=None):
     if not prompts and config.prefs:
         prompts = sorted({pair.prompt for pair in data.read_pairs(config.prefs)[0]} - {""})
     if not prompts:
-        prompts = data.corpus_prompts(lm_data(config.lm), config.prompt_words)
+        prompts = lm_prompts(config.lm, config.prompt_words)
     pairs_file = Path(config.out_dir) / "pairs.jsonl"
     pairs = data.read_pairs([pairs_file])[0] if config.resume else gather(config, policy or lm, tokenizer, prompts)
     if len(pairs) < 8:

@@ -33,12 +33,12 @@ def number(kind, low, high):
     3
     """
     low = -math.inf if low is None else low
-    high = math.inf if high is None else high
+    high = high if high is not None else 2**63 - 1 if kind is int else math.inf
 
     def read(text):
         value = kind(text)
         if not (low <= value <= high and math.isfinite(value)):  # also catches nan
-            wanted = f"at least {low}" if high == math.inf else f"between {low} and {high}"
+            wanted = f"at least {low}" if high in (math.inf, 2**63 - 1) else f"between {low} and {high}"
             raise argparse.ArgumentTypeError(f"{text} is not allowed, it must be {wanted}")
         return value
 
@@ -76,7 +76,8 @@ def parse(config_class, description, argv=None, saved_config=None):
              for name, value in vars(parser.parse_args(argv)).items()}
     saved = {}
     if typed.get("resume"):
-        saved = saved_config(typed.get("out_dir", config_class.out_dir))
+        out_dir = typed.get("out_dir", config_class.out_dir)
+        saved = saved_config(out_dir) | {"out_dir": out_dir}  # the folder may have been renamed since
         names = {field.name for field in dataclasses.fields(config_class)}
         saved = {name: tuple(value) if isinstance(value, list) else value
                  for name, value in saved.items() if name in names}

@@ -9,6 +9,7 @@ import gzip
 import hashlib
 import json
 import re
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -39,7 +40,7 @@ def read_lines(path):
     except UnicodeDecodeError as error:
         raise UserError(f"{path}:{number}: byte {error.object[error.start]:#04x} "
                         "is not UTF-8; convert the file to UTF-8") from None
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
 
 
@@ -53,13 +54,14 @@ def read_jsonl(path):
         empty = False
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{place}: not JSON ({error})") from None
         if not isinstance(row, dict):
             raise UserError(f"{place}: a JSON object is needed, one of {FORMATS}")
-        for key in ("text", "prompt", "completion", "chosen", "rejected"):
-            if key in row and not isinstance(row[key], str):
+        for key in {"text", "prompt", "completion", "chosen", "rejected"} & set(row):
+            if not isinstance(row[key], str):
                 raise UserError(f'{place}: "{key}" must be a string, not {json.dumps(row[key])[:40]}')
+            row[key] = row[key].encode("utf-8", "replace").decode()  # JSON may hold half a character, "\\ud800"
         yield place, row
     if empty:
         raise UserError(f"{path}: the file is empty")
@@ -98,7 +100,7 @@ def split(items, key):
     held = {name for name, fraction in fractions.items() if fraction < HELD_OUT}
     if len(fractions) > 1 and not held:
         held = {min(fractions, key=fractions.get)}
-    if len(fractions) > 1 and len(held) == len(fractions):
+    if held and len(held) == len(fractions):
         held = held - {max(fractions, key=fractions.get)}
     return [item for item in items if key(item) not in held], [item for item in items if key(item) in held]
 
@@ -142,8 +144,10 @@ def read_corpus(paths=()):
                 else:
                     raise UserError(f'{place}: needs "text", or "prompt" and "completion"; has {sorted(row)}')
     documents = [document for document in documents if "".join(document).strip()]
-    corpus.train, corpus.held_out = split(documents, key=lambda document: document[0] or document[1])
-    if not corpus.held_out and not any(corpus.held_out_streams):
+    by_text = len({prompt for prompt, _ in documents}) == 1
+    corpus.train, corpus.held_out = split(documents, key=lambda document: document[by_text] or document[1])
+    sides = (corpus.train, corpus.train_streams), (corpus.held_out, corpus.held_out_streams)
+    if not all(documents or any(streams) for documents, streams in sides):
         raise UserError(f"{', '.join(map(str, paths))}: too little text to train on and hold some out")
     return corpus
 
@@ -280,8 +284,9 @@ def read_pairs(paths):
                 prompt, chosen = split_dialogue(row["chosen"])
                 other, rejected = split_dialogue(row["rejected"])
                 same_prompt = prompt == other
-            margin, tie, finished = row.get("margin") or 0.0, row.get("tie", False), row.get("finished", [True, True])
-            if isinstance(margin, bool) or not isinstance(margin, (int, float)) or not np.isfinite(margin):
+            row = {"margin": 0.0, "tie": False, "finished": [True, True]} | {k: v for k, v in row.items() if v is not None}
+            margin, tie, finished = row["margin"], row["tie"], row["finished"]
+            if isinstance(margin, bool) or not isinstance(margin, (int, float)) or not abs(margin) < 1e300:
                 raise UserError(f'{place}: "margin" must be a number')
             if not isinstance(tie, bool):
                 raise UserError(f'{place}: "tie" must be true or false')

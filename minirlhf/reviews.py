@@ -41,7 +41,7 @@ def prompts():
 def dish_of(prompt):
     """The dish that a prompt of this world asks about; None for any other text."""
     match = PROMPT.fullmatch(prompt)
-    return match[1] if match and match[1] in DISHES else None
+    return match[1] if match and match[1] in DISHES and match[2] in PLACES else None
 
 
 def write_answer(prompt, rng):

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from minirlhf.config import UserError
-from minirlhf.data import read_corpus
+from minirlhf.data import corpus_prompts, read_corpus
 from minirlhf.model import GPT, RewardModel, Shape
 from minirlhf.tokenizer import load_tokenizer
 
@@ -175,13 +175,17 @@ def load_reward_model(run_dir, device):
     return model.to(device).requires_grad_(False), load_tokenizer(checkpoint["tokenizer"])
 
 
-def lm_data(run_dir):
-    """The text that a language model learned (data.Corpus)."""
+def lm_prompts(run_dir, words):
+    """The prompts in the text that a language model learned; without any, the first words of its documents."""
     paths = load_checkpoint(run_dir, ("lm", "ppo"))["config"].get("data", [])
     try:
-        return read_corpus(paths)
+        prompts = corpus_prompts(read_corpus(paths), words)
     except UserError as error:
         raise UserError(f"{error}: the text that {run_dir} learned; put it back, or name prompts with --prompts") from None
+    if not prompts:
+        raise UserError(f"the text that {run_dir} learned has no document of more than {words} words to take a prompt "
+                        "from; lower --prompt_words, or name prompts with --prompts")
+    return prompts
 
 
 def git_commit():
