@@ -19,7 +19,8 @@ from minirlhf.config import UserError, command, option, parse
 from minirlhf.generate import generate
 from minirlhf.logprobs import cross_entropy
 from minirlhf.model import GPT, Shape
-from minirlhf.run import Run, autocast, learning_rate, load_tokenizer, pick_device, saved_config, write_json
+from minirlhf.run import (Run, autocast, learning_rate, load_tokenizer, pick_device, refuse_inputs_in_out_dir, saved_config,
+                          write_json)
 from minirlhf.tokenizer import BPE
 
 
@@ -114,6 +115,9 @@ def train(config, corpus, tokenizer=None):
     run = Run("lm", config, device)
     if run.checkpoint:
         tokenizer, shape = load_tokenizer(run.checkpoint["tokenizer"]), Shape(**run.checkpoint["shape"])
+        for name in ("n_layer", "n_head", "n_embd", "block_size"):
+            if getattr(config, name) != getattr(shape, name):
+                raise UserError(f"--{name} {getattr(config, name)}: a resumed run keeps its network, {getattr(shape, name)} here")
     else:
         tokenizer = tokenizer or BPE.train(corpus.training_texts(), config.vocab_size)
         shape = Shape(tokenizer.vocab_size, config.block_size, config.n_layer, config.n_head, config.n_embd)
@@ -131,6 +135,7 @@ def train(config, corpus, tokenizer=None):
 
     def evaluate_and_log(step, **row):
         val_loss, bits_per_byte = evaluate(model, corpus, tokenizer, config.dtype)
+        run.check_finite(step, val_loss=val_loss)
         run.log(step=step, val_loss=val_loss, bits_per_byte=bits_per_byte, **row)
         rollout = generate(model, [[tokenizer.eos]] * 3, shape.block_size - 1, tokenizer.eos,
                            generator=torch.Generator(device).manual_seed(step))
@@ -174,7 +179,8 @@ def train(config, corpus, tokenizer=None):
             run.log(step=done, loss=loss.item(), lr=optimizers[0][0].param_groups[0]["lr"])
         if done % config.save_every == 0 or last or run.interrupted:
             save(done)
-        run.stop_if_interrupted("train_lm.py")
+        if not last:
+            run.stop_if_interrupted("train_lm.py")
 
     # ---- finish ----
     if figures:
@@ -183,7 +189,8 @@ def train(config, corpus, tokenizer=None):
 
 
 def main():
-    config = parse(Config, __doc__, saved_config=saved_config)
+    config = parse(Config, __doc__, saved_config=saved_config("lm"))
+    refuse_inputs_in_out_dir(config, "data")
     config.data = tuple(str(Path(path).resolve()) for path in config.data)  # later stages look there for prompts
     train(config, data.read_corpus(config.data))
     print(f"saved in {config.out_dir}; next: python train_rm.py")

@@ -31,8 +31,8 @@ from minirlhf.config import UserError, command, option, parse
 from minirlhf.generate import columns, generate, generate_all
 from minirlhf.logprobs import token_logprobs
 from minirlhf.model import ScalarHead
-from minirlhf.run import (Run, autocast, learning_rate, lm_prompts, load_lm, load_reward_model, pick_device, saved_config,
-                          write_json)
+from minirlhf.run import (Run, autocast, learning_rate, lm_prompts, load_lm, load_reward_model, pick_device,
+                          refuse_inputs_in_out_dir, saved_config, write_json)
 
 
 @dataclass
@@ -98,7 +98,10 @@ def load_reward_function(name):
 def call_reward_function(function, name, prompts, responses):
     """function(prompts, responses), checked: one finite number for each response; fp32 (B,)."""
     try:
-        scores = [float(score) for score in function(list(prompts), list(responses))]
+        scores = function(list(prompts), list(responses))
+        if isinstance(scores, str):
+            raise TypeError("it returned a string, not a list of numbers")
+        scores = [float(score) for score in scores]
     except UserError:
         raise
     except Exception as error:
@@ -214,10 +217,9 @@ def train(config, policy, reward_model, tokenizer, reward_fn=None):
     """
     if config.batch_size % config.minibatch_size:
         raise UserError(f"--batch_size {config.batch_size} must be divisible by --minibatch_size {config.minibatch_size}")
-    room = policy.shape.block_size - config.max_new_tokens
-    if room < 2:
-        raise UserError(f"--max_new_tokens {config.max_new_tokens} leaves no room for a prompt: "
-                        f"the model reads {policy.shape.block_size} tokens")
+    room = data.prompt_room(policy.shape.block_size, config.max_new_tokens, config.lm)
+    if reward_fn is None and reward_model.trunk.shape.block_size < policy.shape.block_size:
+        raise UserError(f"--rm {config.rm} reads {reward_model.trunk.shape.block_size} tokens, fewer than the {policy.shape.block_size} of --lm {config.lm}")
 
     # ---- setup ----
     device = policy.head_weight.device
@@ -394,7 +396,8 @@ def train(config, policy, reward_model, tokenizer, reward_fn=None):
 
 
 def main():
-    config = parse(Config, __doc__, saved_config=saved_config)
+    config = parse(Config, __doc__, saved_config=saved_config("ppo"))
+    refuse_inputs_in_out_dir(config, "lm", "prompts", *(["rm"] if config.reward == "rm" else []))
     device = pick_device(config.device)
     policy, tokenizer = load_lm(config.lm, device)
     reward_model = reward_fn = None

@@ -19,8 +19,8 @@ from minirlhf import data, labelers, losses, reviews
 from minirlhf.config import UserError, command, option, parse
 from minirlhf.generate import generate_all
 from minirlhf.model import RewardModel
-from minirlhf.run import (Run, autocast, lm_prompts, learning_rate, load_checkpoint, load_lm, pick_device, saved_config,
-                          write_json, write_jsonl)
+from minirlhf.run import (Run, autocast, learning_rate, lm_prompts, load_lm, pick_device, refuse_inputs_in_out_dir,
+                          saved_config, write_json, write_jsonl)
 
 
 @dataclass
@@ -57,7 +57,8 @@ def sample_questions(config, policy, tokenizer, prompts):
     per_prompt = math.comb(config.answers_per_prompt, 2)
     wanted = config.num_pairs or {"gold": 20480, "human": 100}[config.labeler]
     chosen = [prompts[i] for i in data.order(len(prompts), config.seed, 0, math.ceil(wanted / per_prompt))]
-    ids, cut = data.encode_prompts(tokenizer, chosen, policy.shape.block_size - config.max_new_tokens)
+    room = data.prompt_room(policy.shape.block_size, config.max_new_tokens, config.policy or config.lm)
+    ids, cut = data.encode_prompts(tokenizer, chosen, room)
     if cut:
         print(f"{cut} prompts were cut from the left to fit the model's {policy.shape.block_size} tokens")
     repeated = [row for row in ids for _ in range(config.answers_per_prompt)]
@@ -185,8 +186,7 @@ def train(config, lm, tokenizer, policy=None):
     """
     device = lm.head_weight.device
     block_size = lm.shape.block_size
-    if config.max_new_tokens > block_size - 2:
-        raise UserError(f"--max_new_tokens {config.max_new_tokens} leaves no room for a prompt: the model reads {block_size} tokens")
+    room = data.prompt_room(block_size, config.max_new_tokens, config.lm)
 
     # ---- 1. prompts and preferences ----
     prompts = data.read_prompts(config.prompts, config.prompt_words) if config.prompts else []
@@ -257,7 +257,7 @@ def train(config, lm, tokenizer, policy=None):
 
     # ---- 4. gain and bias: scores of reference samples get mean 0 and standard deviation 1 ----
     some = [prompts[i] for i in data.order(len(prompts), 0, 0, 1024)] if prompts else [""] * 1024
-    rows, _ = data.encode_prompts(tokenizer, some, block_size - config.max_new_tokens)
+    rows, _ = data.encode_prompts(tokenizer, some, room)
     generator = torch.Generator(device).manual_seed(config.seed)
     samples = []
     for rollout in generate_all(lm, rows, config.max_new_tokens, tokenizer.eos, generator=generator):
@@ -282,12 +282,9 @@ def train(config, lm, tokenizer, policy=None):
 
 
 def main():
-    config = parse(Config, __doc__, saved_config=saved_config)
+    config = parse(Config, __doc__, saved_config=saved_config("rm"))
+    refuse_inputs_in_out_dir(config, "lm", "policy", "prefs", "prompts")
     device = pick_device(config.device)
-    out_dir = Path(config.out_dir).resolve()
-    for path in config.prefs:
-        if out_dir in Path(path).resolve().parents:
-            raise UserError(f"--prefs {path} lies inside --out_dir {config.out_dir}, which this run rewrites; name another --out_dir")
     lm, tokenizer = load_lm(config.lm, device)
     policy = None
     if config.policy:

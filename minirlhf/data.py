@@ -346,6 +346,13 @@ def encode_answer(tokenizer, prompt, answer, finished, block_size):
     return [tokenizer.eos] + prompt + answer, cut
 
 
+def prompt_room(block_size, max_new_tokens, run_dir):
+    """Positions left for the prompt and its eos when the answer gets max_new_tokens of the block."""
+    if block_size - max_new_tokens < 2:
+        raise UserError(f"--max_new_tokens {max_new_tokens} leaves no room for a prompt: {run_dir} reads {block_size} tokens")
+    return block_size - max_new_tokens
+
+
 def encode_prompts(tokenizer, prompts, room):
     """(lists of ids, each eos and at most `room` - 1 ids of the prompt's end; how many were cut)."""
     rows = [tokenizer.encode(prompt) for prompt in prompts]

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
-from minirlhf.config import UserError, command, option, parse
-from minirlhf.data import encode_prompts
+from minirlhf.config import command, option, parse
+from minirlhf.data import encode_prompts, prompt_room
 from minirlhf.model import KVCache
 from minirlhf.run import load_lm, pick_device
 
@@ -155,10 +155,7 @@ def answers_of(config, run_dir, prompts):
     """Lists of config.num_samples answers, one list a prompt."""
     device = pick_device(config.device)
     model, tokenizer = load_lm(run_dir, device)
-    room = model.shape.block_size - config.max_new_tokens
-    if room < 2:
-        raise UserError(f"--max_new_tokens {config.max_new_tokens} leaves no room for a prompt: "
-                        f"{run_dir} reads {model.shape.block_size} tokens")
+    room = prompt_room(model.shape.block_size, config.max_new_tokens, run_dir)
     rows, cut = encode_prompts(tokenizer, prompts, room)
     if cut:
         print(f"{cut} prompts were cut from the left to fit {run_dir}'s {model.shape.block_size} tokens")

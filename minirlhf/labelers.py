@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import random
+import sys
 import textwrap
 from dataclasses import dataclass
 
@@ -118,6 +119,9 @@ def label_by_person(questions, count, path, seed, ask=input):
                 choice = ask("1 2 = s u q > ").strip().lower()
             except EOFError:
                 choice = "q"
+            except KeyboardInterrupt:
+                print(f"\nall labels are in {path}; start again to go on", file=sys.stderr)
+                raise
         if choice == "q":
             break
         write_journal(path, {"choice": "u"} if choice == "u" else {

@@ -12,13 +12,12 @@ The loop is not here: it stands in the scripts. Next: logprobs.py.
 import json
 import math
 import os
-import pickle
 import platform
+import shlex
 import signal
 import subprocess
 import sys
 import time
-import zipfile
 from dataclasses import asdict
 from pathlib import Path
 
@@ -28,7 +27,7 @@ import torch
 from minirlhf.config import UserError
 from minirlhf.data import corpus_prompts, read_corpus
 from minirlhf.model import GPT, RewardModel, Shape
-from minirlhf.tokenizer import load_tokenizer
+from minirlhf.tokenizer import KINDS, load_tokenizer
 
 IMPORTED = time.time()
 
@@ -85,7 +84,7 @@ def pick_device(name):
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError):
         raise UserError(f"--device {name}: no such device here; use --device cpu or auto") from None
     return device
@@ -144,19 +143,31 @@ def load_checkpoint(run_dir, stages=("lm", "rm", "ppo")):
         raise UserError(f"run folder {run_dir} {there}; train it first, or name another folder")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile):
+    except Exception:  # torch.load meets foreign bytes with many kinds of errors
         raise UserError(f"{path}: truncated, or not a checkpoint of minirlhf; train that stage again") from None
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != "minirlhf":
         raise UserError(f"{path}: not a checkpoint of minirlhf")
+    if checkpoint["tokenizer"]["kind"] not in KINDS:
+        raise UserError(f"{path}: its tokenizer is of the kind {checkpoint['tokenizer']['kind']!r}, which is not known here")
     if checkpoint["stage"] not in stages:
         kinds = {"lm": "a language model", "rm": "a reward model", "ppo": "a policy trained with PPO"}
         raise UserError(f"{path}: holds {kinds[checkpoint['stage']]}; needed: {' or '.join(kinds[s] for s in stages)}")
     return checkpoint
 
 
-def saved_config(run_dir):
-    """The options of a run that is to be resumed."""
-    return load_checkpoint(run_dir)["config"]
+def saved_config(stage):
+    """A function from the folder of a run of this stage to the options it was started with (config.parse asks it)."""
+    return lambda run_dir: load_checkpoint(run_dir, (stage,))["config"]
+
+
+def refuse_inputs_in_out_dir(config, *options):
+    """A run rewrites its out_dir, so nothing that it reads may lie there, and no run that it starts from."""
+    out_dir = Path(config.out_dir).resolve()
+    for option in options:
+        value = getattr(config, option)
+        for path in value if isinstance(value, tuple) else (value,) if value else ():
+            if out_dir in (Path(path).resolve(), *Path(path).resolve().parents):
+                raise UserError(f"--{option} {path} lies in --out_dir {config.out_dir}, which this run rewrites; name another --out_dir")
 
 
 def load_lm(run_dir, device):
@@ -280,6 +291,9 @@ class Run:
         """ckpt.pt, atomically. tensors: state dicts and plain values by name."""
         if not self.write:
             return
+        for name, tensor in tensors["model"].items():
+            if not tensor.isfinite().all():
+                self.check_finite(step, **{f"weight {name}": math.nan})
         rng = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             rng["cuda"] = torch.cuda.get_rng_state(self.device)
@@ -315,5 +329,5 @@ class Run:
         """After Ctrl-C and a save: say how to go on, and leave."""
         if self.interrupted:
             print(f"\nstopped; step {self.saved_step} is saved in {self.folder}. "
-                  f"Go on with: python {script} --resume --out_dir {self.folder}", file=sys.stderr)
+                  f"Go on with: python {script} --resume --out_dir {shlex.quote(str(self.folder))}", file=sys.stderr)
             sys.exit(130)

@@ -158,23 +158,34 @@ def test_adaptive_controller_follows_the_logged_kl(ppo):
 def test_value_head_learns_to_expect_the_score(ppo):
     """Long answers score 1, others 0: while the policy stands still, later tokens must come to know it."""
     rows, *_ = ppo(lambda prompts, responses: [float(len(r.split()) > 12) for r in responses], max_steps=20, lr=1e-3,
-                   kl_coef=1.0, batch_size=32, minibatch_size=8, vf_coef=1.0)
+                   kl_coef=1.0, batch_size=32, minibatch_size=8, ppo_epochs=4, vf_coef=1.0)
     assert rows[-1]["explained_variance"] > 0.05 > rows[0]["explained_variance"]
 
 
 def test_returns_stay_in_reward_units(ppo, monkeypatch):
-    """Returns are formed before whitening: with a constant reward of 5 and no KL they are 5 on every token."""
-    seen = []
+    """Returns are formed before whitening: without KL and with λ = γ = 1 they are the answer's score on every token."""
+    seen, scores = [], []
     original = losses.value_loss
 
     def spy(new_values, old_values, returns, value_clip):
-        seen.append(returns)
+        seen.extend(returns[:, 0].tolist())
         return original(new_values, old_values, returns, value_clip)
 
+    def reward(prompts, responses):
+        lengths = [float(len(response)) for response in responses]
+        if len(responses) == 16:  # the rollout; not the probe before it, nor the evaluation after it
+            scores[:] = lengths
+        return lengths
+
     monkeypatch.setattr(losses, "value_loss", spy)
-    ppo(lambda prompts, responses: [5.0] * len(prompts), max_steps=1, lam=1.0, kl_coef=0.0, missing_eos_penalty=0.0)
-    for returns in seen:
-        assert returns[:, 0] == pytest.approx(torch.full_like(returns[:, 0], 5.0), abs=1e-4)
+    ppo(reward, max_steps=1, ppo_epochs=1, lam=1.0, kl_coef=0.0, missing_eos_penalty=0.0)
+    assert sorted(seen) == pytest.approx(sorted(scores), rel=1e-4)
+
+
+def test_samples_are_drawn_at_the_temperature_of_the_logprobs(ppo):
+    """Near temperature 0 every drawn token is the likeliest one: drawn hotter, its log-prob would be far below 0."""
+    _, samples, *_ = ppo(temperature=0.01, max_steps=1)
+    assert min(min(row["logprobs"]) for row in samples) > -5
 
 
 def test_policy_is_trained_on_whitened_advantages_without_gradient(ppo, monkeypatch):
