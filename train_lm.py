@@ -19,8 +19,8 @@ from minirlhf.config import UserError, command, option, parse
 from minirlhf.generate import generate
 from minirlhf.logprobs import cross_entropy
 from minirlhf.model import GPT, Shape
-from minirlhf.run import (Run, autocast, learning_rate, load_tokenizer, pick_device, refuse_inputs_in_out_dir, saved_config,
-                          write_json)
+from minirlhf.run import (Run, autocast, learning_rate, load_tokenizer, pick_device, refuse_inputs_in_out_dir,
+                          saved_config, write_json)
 from minirlhf.tokenizer import BPE
 
 
@@ -117,7 +117,8 @@ def train(config, corpus, tokenizer=None):
         tokenizer, shape = load_tokenizer(run.checkpoint["tokenizer"]), Shape(**run.checkpoint["shape"])
         for name in ("n_layer", "n_head", "n_embd", "block_size"):
             if getattr(config, name) != getattr(shape, name):
-                raise UserError(f"--{name} {getattr(config, name)}: a resumed run keeps its network, {getattr(shape, name)} here")
+                raise UserError(f"--{name} {getattr(config, name)}: a resumed run keeps its network, "
+                                f"{getattr(shape, name)} here")
     else:
         tokenizer = tokenizer or BPE.train(corpus.training_texts(), config.vocab_size)
         shape = Shape(tokenizer.vocab_size, config.block_size, config.n_layer, config.n_head, config.n_embd)
@@ -127,8 +128,8 @@ def train(config, corpus, tokenizer=None):
     forward = torch.compile(model) if config.compile else model
     optimizers = make_optimizers(model, config)
     windows = data.Windows(corpus, tokenizer, shape.block_size)
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {tokenizer.vocab_size} tokens in the vocabulary, "
-          f"{windows.num_tokens:,} to train on, {device}")
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {tokenizer.vocab_size} tokens in the "
+          f"vocabulary, {windows.num_tokens:,} to train on, {device}")
 
     def save(step):
         run.save(step, shape, tokenizer, [optimizer for optimizer, _ in optimizers], model=model.state_dict())
@@ -171,12 +172,13 @@ def train(config, corpus, tokenizer=None):
         done = step + 1
         bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
         last = done == config.max_steps
+        row = {"loss": loss.item(), "lr": optimizers[0][0].param_groups[0]["lr"]}
         if done % config.eval_every == 0 or last:
             speed = seen / (time.time() - clock)
-            figures = evaluate_and_log(done, loss=loss.item(), lr=optimizers[0][0].param_groups[0]["lr"], tokens_per_second=speed)
+            figures = evaluate_and_log(done, **row, tokens_per_second=speed)
             seen, clock = 0, time.time()
         elif done % 10 == 0:
-            run.log(step=done, loss=loss.item(), lr=optimizers[0][0].param_groups[0]["lr"])
+            run.log(step=done, **row)
         if done % config.save_every == 0 or last or run.interrupted:
             save(done)
         if not last:

@@ -69,7 +69,7 @@ class Config:
     eval_answers: int = option(1024, "answers per evaluation, on held-out prompts", low=2)
     sample_every: int = option(20, "rollouts between entries in samples.jsonl", low=1)
     save_every: int = option(20, "rollouts between checkpoints", low=1)
-    explain: bool = option(False, "run one step, print one answer token by token, write nothing (with --resume: a trained one)")
+    explain: bool = option(False, "one step, one answer token by token, nothing written; --resume: a trained one")
     # machine
     seed: int = option(1, "seed of the samples, the order of prompts and the minibatches", low=0)
     device: str = option("auto", "cpu, cuda, mps or auto")
@@ -133,7 +133,8 @@ def evaluate(config, policy, reference, score_rollout, tokenizer, prompts, promp
     for name, model, seed in (("reference", reference, 1), ("policy", policy, 2)):
         generator = torch.Generator(device).manual_seed(seed)
         scores, lengths, finished, kl, texts[name] = [], [], [], [], []
-        for rollout in generate_all(model, prompt_ids, config.max_new_tokens, tokenizer.eos, config.temperature, generator, 512):
+        for rollout in generate_all(model, prompt_ids, config.max_new_tokens, tokenizer.eos, config.temperature,
+                                    generator, batch_size=512):
             some = prompts[len(texts[name]): len(texts[name]) + len(rollout.mask)]
             responses = rollout.texts(tokenizer)
             texts[name] += responses
@@ -181,7 +182,8 @@ def print_explanation(tokens, prompt, score, finished, config, kl_coef, step_col
     """One answer token by token; step_columns: {(number of the step, name): list of floats}."""
     print(f"\nprompt    {prompt}\nanswer    {''.join(tokens).strip()}")
     penalty = 0.0 if finished else config.missing_eos_penalty
-    print(f"score     {score:+.3f} (step 2){'' if finished else f', minus {penalty} for the missing eos'};  β = {kl_coef:.4g}\n")
+    note = "" if finished else f", minus {penalty} for the missing eos"
+    print(f"score     {score:+.3f} (step 2){note};  β = {kl_coef:.4g}\n")
     width = max(9, *map(len, tokens)) + 1
     print("step".ljust(width) + "".join(f"{number:>11}" for number, _ in step_columns))
     print("token".ljust(width) + "".join(f"{name:>11}" for _, name in step_columns))
@@ -216,10 +218,12 @@ def train(config, policy, reward_model, tokenizer, reward_fn=None):
     not read where reward_fn, a function (prompts, responses) -> list of floats, takes its place.
     """
     if config.batch_size % config.minibatch_size:
-        raise UserError(f"--batch_size {config.batch_size} must be divisible by --minibatch_size {config.minibatch_size}")
+        raise UserError(f"--batch_size {config.batch_size} must be divisible by "
+                        f"--minibatch_size {config.minibatch_size}")
     room = data.prompt_room(policy.shape.block_size, config.max_new_tokens, config.lm)
     if reward_fn is None and reward_model.trunk.shape.block_size < policy.shape.block_size:
-        raise UserError(f"--rm {config.rm} reads {reward_model.trunk.shape.block_size} tokens, fewer than the {policy.shape.block_size} of --lm {config.lm}")
+        raise UserError(f"--rm {config.rm} reads {reward_model.trunk.shape.block_size} tokens, fewer than the "
+                        f"{policy.shape.block_size} of --lm {config.lm}")
 
     # ---- setup ----
     device = policy.head_weight.device
@@ -230,10 +234,12 @@ def train(config, policy, reward_model, tokenizer, reward_fn=None):
     train_ids, cut = data.encode_prompts(tokenizer, train_prompts, room)
     held_out_ids, _ = data.encode_prompts(tokenizer, held_out, room)
     if cut:
-        print(f"{cut} of {len(train_prompts)} prompts were cut from the left to leave room for {config.max_new_tokens} new tokens")
+        print(f"{cut} of {len(train_prompts)} prompts were cut from the left to leave room for "
+              f"{config.max_new_tokens} new tokens")
     gold_known = all(reviews.dish_of(prompt) for prompt in prompts)
     if reward_fn is not None:  # find out whether it works before an earlier run's files are replaced
-        probe = generate(policy, train_ids[:2], config.max_new_tokens, tokenizer.eos, generator=torch.Generator(device).manual_seed(0))
+        generator = torch.Generator(device).manual_seed(0)
+        probe = generate(policy, train_ids[:2], config.max_new_tokens, tokenizer.eos, generator=generator)
         call_reward_function(reward_fn, config.reward, train_prompts[:2], probe.texts(tokenizer))
 
     run = Run("ppo", config, device, write=not config.explain)
@@ -279,7 +285,8 @@ def train(config, policy, reward_model, tokenizer, reward_fn=None):
         if show:  # the same first prompts each time, so that samples.jsonl shows what changed
             chosen[:4] = data.order(len(train_ids), config.seed, 0, 4)[: len(chosen)]
         batch_prompts = [train_prompts[i] for i in chosen]
-        rollout = generate(policy, [train_ids[i] for i in chosen], config.max_new_tokens, tokenizer.eos, config.temperature)
+        batch_ids = [train_ids[i] for i in chosen]
+        rollout = generate(policy, batch_ids, config.max_new_tokens, tokenizer.eos, config.temperature)
         mask = rollout.mask  # (B, A)
         responses = rollout.texts(tokenizer)
 
@@ -323,8 +330,9 @@ def train(config, policy, reward_model, tokenizer, reward_fn=None):
                     new_values = value_head(hidden)
                 old = old_logprobs[rows, :A]
                 policy_loss = losses.policy_loss(new_logprobs, old, whitened[rows, :A], config.clip)
+                policy_loss = losses.masked_sum(policy_loss, part_mask)
                 value_loss = losses.value_loss(new_values, old_values[rows, :A], returns[rows, :A], config.value_clip)
-                policy_loss, value_loss = losses.masked_sum(policy_loss, part_mask), losses.masked_sum(value_loss, part_mask)
+                value_loss = losses.masked_sum(value_loss, part_mask)
                 loss = (policy_loss + config.vf_coef * value_loss) / tokens_per_minibatch
                 loss.backward()
                 norm = torch.nn.utils.clip_grad_norm_(parameters, config.grad_clip)
@@ -355,24 +363,30 @@ def train(config, policy, reward_model, tokenizer, reward_fn=None):
         }
         if golds:
             row["gold"] = sum(golds) / len(golds)
-        bar.set_postfix_str(f"score {row['score']:+.2f}, kl {kl:.2f}" + (f", gold {row['gold']:+.2f}" if golds else ""), refresh=False)
+        gold_figure = f", gold {row['gold']:+.2f}" if golds else ""
+        bar.set_postfix_str(f"score {row['score']:+.2f}, kl {kl:.2f}{gold_figure}", refresh=False)
         if config.explain:
             with torch.no_grad():
                 new_logprobs, _ = answer_logprobs(policy, rollout, config.temperature)
             n = int(mask[0].sum())
-            numbers = {(3, "log-prob"): old_logprobs, (3, "reference"): ref_logprobs, (3, "value"): old_values, (4, "KL"): k1,
-                       (4, "reward"): rewards, (5, "advantage"): advantages, (5, "return"): returns, (6, "new"): new_logprobs}
+            numbers = {
+                (3, "log-prob"): old_logprobs, (3, "reference"): ref_logprobs, (3, "value"): old_values,
+                (4, "KL"): k1, (4, "reward"): rewards, (5, "advantage"): advantages, (5, "return"): returns,
+                (6, "new"): new_logprobs,
+            }
+            tokens = display_tokens(tokenizer, rollout.answers[0, :n].tolist())
+            numbers = {key: x[0, :n].tolist() for key, x in numbers.items()}
             bar.close()
-            print_explanation(display_tokens(tokenizer, rollout.answers[0, :n].tolist()), batch_prompts[0], scores[0].item(),
-                              bool(rollout.finished[0]), config, kl_coef, {key: x[0, :n].tolist() for key, x in numbers.items()})
+            print_explanation(tokens, batch_prompts[0], scores[0].item(), bool(rollout.finished[0]), config, kl_coef, numbers)
             return policy, value_head
         if show:
-            columns_ = {"logprobs": old_logprobs, "ref_logprobs": ref_logprobs, "values": old_values,
-                        "advantages": advantages, "rewards": rewards}
+            per_token = {"logprobs": old_logprobs, "ref_logprobs": ref_logprobs, "values": old_values,
+                         "advantages": advantages, "rewards": rewards}
             run.log_samples([{
                 "step": done, "prompt": batch_prompts[i], "response": responses[i], "score": scores[i].item(),
                 "gold": golds[i] if golds else None, "ids": (ids := rollout.answers[i][mask[i]].tolist()),
-                "tokens": display_tokens(tokenizer, ids), **{key: x[i][mask[i]].tolist() for key, x in columns_.items()},
+                "tokens": display_tokens(tokenizer, ids),
+                **{key: x[i][mask[i]].tolist() for key, x in per_token.items()},
             } for i in range(min(4, len(chosen)))])
         if config.kl_target:
             kl_coef = losses.next_kl_coef(kl_coef, kl, config.kl_target, config.batch_size, config.kl_horizon)
@@ -390,8 +404,8 @@ def train(config, policy, reward_model, tokenizer, reward_fn=None):
     print_comparison(held_out, texts, shown)
     for name in ("reference", "policy"):
         print(f"{name:>10}: " + ", ".join(f"{k} {v:.2f}" for k, v in figures[name].items()))
-    print(f"{'kl':>10}: {figures['kl']:.2f} nats per answer;  policy wins {100 * figures[f'win_rate_{key}']:.1f} % by {key}, "
-          f"on {figures['n']} answers to held-out prompts")
+    print(f"{'kl':>10}: {figures['kl']:.2f} nats per answer;  "
+          f"policy wins {100 * figures[f'win_rate_{key}']:.1f} % by {key}, on {figures['n']} answers to held-out prompts")
     return policy, value_head
 
 
@@ -404,7 +418,8 @@ def main():
     if config.reward == "rm":
         reward_model, rm_tokenizer = load_reward_model(config.rm, device)
         if rm_tokenizer.state() != tokenizer.state():
-            raise UserError(f"--rm {config.rm} has another tokenizer than --lm {config.lm}: train the reward model on this language model")
+            raise UserError(f"--rm {config.rm} has another tokenizer than --lm {config.lm}: "
+                            "train the reward model on this language model")
     elif config.reward == "gold":
         reward_fn = gold_reward
     elif ":" in config.reward:
@@ -413,7 +428,8 @@ def main():
         raise UserError(f"--reward {config.reward}: must be rm, gold or MODULE:FUNCTION")
     train(config, policy, reward_model, tokenizer, reward_fn)
     if not config.explain:
-        print(f"saved in {config.out_dir}; talk to it: python -m minirlhf.generate --run {config.out_dir} --compare {config.lm}")
+        print(f"saved in {config.out_dir}; talk to it: "
+              f"python -m minirlhf.generate --run {config.out_dir} --compare {config.lm}")
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ class Config:
     lm: str = option("runs/lm", "language-model run: the trunk to start from, and the reference of the normalisation")
     out_dir: str = option("runs/rm", "run folder to write")
     prefs: tuple = option((), "read preference pairs from .jsonl; no new ones are sampled unless --policy is given")
-    prompts: str = option("", "prompts to sample answers to (.jsonl or .txt); default: those of the language model's text")
+    prompts: str = option("", "prompts to answer (.jsonl or .txt); default: those of the language model's text")
     prompt_words: int = option(4, "words of a text that make its prompt, where the text has none", low=1)
     # preferences
     labeler: str = option("gold", "who labels sampled answers", choices=("gold", "human"))
@@ -153,7 +153,8 @@ def evaluate(differences, golds):
     """
     d = differences.astype(np.float64)
     if not len(d):
-        return dict.fromkeys(("accuracy", "gold_accuracy", "bayes_accuracy", "log_loss", "bayes_log_loss", "ece")) | {"pairs": 0}
+        names = ("accuracy", "gold_accuracy", "bayes_accuracy", "log_loss", "bayes_log_loss", "ece")
+        return dict.fromkeys(names) | {"pairs": 0}
 
     def softplus(x):
         return np.logaddexp(0, x)
@@ -200,7 +201,10 @@ def train(config, lm, tokenizer, policy=None):
         raise UserError(f"{len(pairs)} preference pairs; at least 8 are needed")
     run = Run("rm", config, device)
     golds = gold_of(pairs)
-    write_jsonl(pairs_file, [pair.row() | ({} if golds is None else {"gold": list(golds[i])}) for i, pair in enumerate(pairs)])
+    rows = [pair.row() for pair in pairs]
+    if golds is not None:
+        rows = [row | {"gold": list(gold)} for row, gold in zip(rows, golds)]
+    write_jsonl(pairs_file, rows)
 
     # ---- 2. rows of ids and batches ----
     train_pairs, held_out = data.split_pairs(pairs)
@@ -208,7 +212,8 @@ def train(config, lm, tokenizer, policy=None):
     for pair in pairs:
         texts.of_pair(pair)
     if texts.cut:
-        print(f"{texts.cut} of {len(texts.rows)} texts were cut to the model's {block_size} tokens (prompts from the left, then answers from the right)")
+        print(f"{texts.cut} of {len(texts.rows)} texts were cut to the model's {block_size} tokens "
+              "(prompts from the left, then answers from the right)")
     batches = make_batches(train_pairs, config.batch_size, config.epochs, config.seed)
     print(f"{len(train_pairs)} pairs to train on, {len(held_out)} held out, {len(texts.rows)} texts, {device}")
 

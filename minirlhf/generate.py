@@ -130,7 +130,8 @@ def columns(cells, width=None):
     """Texts side by side, wrapped into equal columns: one string of lines."""
     width = width or min(shutil.get_terminal_size((100, 24)).columns, 120)
     each = (width - 3 * (len(cells) - 1)) // len(cells)
-    wrapped = [[part for line in (cell.splitlines() or [""]) for part in textwrap.wrap(line, each) or [""]] for cell in cells]
+    wrapped = [[part for line in cell.splitlines() or [""] for part in textwrap.wrap(line, each) or [""]]
+               for cell in cells]
     height = max(map(len, wrapped))
     wrapped = [lines + [""] * (height - len(lines)) for lines in wrapped]
     return "\n".join(" | ".join(part.ljust(each) for part in parts).rstrip() for parts in zip(*wrapped))
@@ -162,7 +163,8 @@ def answers_of(config, run_dir, prompts):
     torch.manual_seed(config.seed)
     rollout = generate(model, [row for row in rows for _ in range(config.num_samples)], config.max_new_tokens,
                        tokenizer.eos, config.temperature)
-    texts = [text.strip() + ("" if done else " …") for text, done in zip(rollout.texts(tokenizer), rollout.finished.tolist())]
+    texts = [text.strip() + ("" if done else " …")
+             for text, done in zip(rollout.texts(tokenizer), rollout.finished.tolist())]
     return [texts[i: i + config.num_samples] for i in range(0, len(texts), config.num_samples)]
 
 

@@ -31,7 +31,8 @@ class Question:
     def pair(self, better, tie=False):
         """The pair in which answer `better` (0 or 1) was chosen."""
         order = (better, 1 - better)
-        return Pair(self.prompt, *(self.answers[i] for i in order), tie=tie, finished=tuple(self.finished[i] for i in order))
+        answers, finished = [tuple(field[i] for i in order) for field in (self.answers, self.finished)]
+        return Pair(self.prompt, *answers, tie=tie, finished=finished)
 
 
 def questions_of(prompts, answers, finished, answers_per_prompt):

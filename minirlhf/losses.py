@@ -42,8 +42,9 @@ def whiten(x, mask, eps=1e-8):
 
 
 def pair_loss(chosen, rejected, margin=0.0, tie=None):
-    """-log sigmoid(r_chosen - r_rejected - margin), (N,) (Ouyang et al. 2022, eq. 1; margin: Touvron et al. 2023, eq. 2).
+    """-log sigmoid(r_chosen - r_rejected - margin), (N,) (Ouyang et al. 2022, eq. 1).
 
+    margin (Touvron et al. 2023, eq. 2): by how much chosen should score higher, at least.
     tie: bool (N,) or None; a tie's loss is the mean of both directions, smallest at equal scores.
     """
     difference = chosen - rejected
@@ -131,6 +132,9 @@ def policy_loss(new_logprobs, old_logprobs, advantages, clip):
 
 
 def value_loss(new_values, old_values, returns, value_clip):
-    """½ max((V - R)², (V_clipped - R)²) per token, V_clipped within ±value_clip of V_old (Ziegler et al. 2019's code)."""
+    """½ max((V - R)², (V_clipped - R)²) per token (Ziegler et al. 2019's code).
+
+    V_clipped is V, held within ±value_clip of the rollout's V_old.
+    """
     clipped = old_values + (new_values - old_values).clamp(-value_clip, value_clip)
     return 0.5 * torch.max((new_values - returns) ** 2, (clipped - returns) ** 2)

@@ -57,7 +57,8 @@ KEYS = {
         "ratio_first": "largest |π_new / π_old - 1| in the rollout's first minibatch: 0 but for rounding",
         "approx_kl": "k3 of KL(old || new), mean per token over the update",
         "clip_frac": "share of tokens whose ratio was outside the clip, over the update",
-        "policy_loss": "clipped policy loss, mean over the update", "value_loss": "clipped value loss, mean over the update",
+        "policy_loss": "clipped policy loss, mean over the update",
+        "value_loss": "clipped value loss, mean over the update",
         "explained_variance": "1 - Var(returns - old values) / Var(returns); null where returns do not vary",
         "length": "mean tokens per answer, eos counted", "eos_rate": "share of answers that ended by themselves",
         "eval": "the figures of eval.json, at the cadence of --eval_every",
@@ -148,7 +149,7 @@ def load_checkpoint(run_dir, stages=("lm", "rm", "ppo")):
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != "minirlhf":
         raise UserError(f"{path}: not a checkpoint of minirlhf")
     if checkpoint["tokenizer"]["kind"] not in KINDS:
-        raise UserError(f"{path}: its tokenizer is of the kind {checkpoint['tokenizer']['kind']!r}, which is not known here")
+        raise UserError(f"{path}: its tokenizer is of the kind {checkpoint['tokenizer']['kind']!r}, unknown here")
     if checkpoint["stage"] not in stages:
         kinds = {"lm": "a language model", "rm": "a reward model", "ppo": "a policy trained with PPO"}
         raise UserError(f"{path}: holds {kinds[checkpoint['stage']]}; needed: {' or '.join(kinds[s] for s in stages)}")
@@ -167,7 +168,8 @@ def refuse_inputs_in_out_dir(config, *options):
         value = getattr(config, option)
         for path in value if isinstance(value, tuple) else (value,) if value else ():
             if out_dir in (Path(path).resolve(), *Path(path).resolve().parents):
-                raise UserError(f"--{option} {path} lies in --out_dir {config.out_dir}, which this run rewrites; name another --out_dir")
+                raise UserError(f"--{option} {path} lies in --out_dir {config.out_dir}, which this run rewrites; "
+                                "name another --out_dir")
 
 
 def load_lm(run_dir, device):
