@@ -53,10 +53,11 @@ class Config:
 
 
 def sample_questions(config, policy, tokenizer, prompts):
-    """Sample answers to the prompts and put every two answers to one prompt beside each other."""
+    """(questions, how many labels are wanted): sampled answers, every two to one prompt beside each other."""
     per_prompt = math.comb(config.answers_per_prompt, 2)
     wanted = config.num_pairs or {"gold": 20480, "human": 100}[config.labeler]
-    chosen = [prompts[i] for i in data.order(len(prompts), config.seed, 0, math.ceil(wanted / per_prompt))]
+    spare = 1.5 if config.labeler == "human" else 1.0  # a person skips some
+    chosen = [prompts[i] for i in data.order(len(prompts), config.seed, 0, math.ceil(spare * wanted / per_prompt))]
     room = data.prompt_room(policy.shape.block_size, config.max_new_tokens, config.policy or config.lm)
     ids, cut = data.encode_prompts(tokenizer, chosen, room)
     if cut:
@@ -68,7 +69,7 @@ def sample_questions(config, policy, tokenizer, prompts):
                         desc="sampling", total=math.ceil(len(repeated) / 1024)):
         answers += rollout.texts(tokenizer)
         finished += rollout.finished.tolist()
-    return labelers.questions_of(chosen, answers, finished, config.answers_per_prompt)[:wanted], wanted
+    return labelers.questions_of(chosen, answers, finished, config.answers_per_prompt), wanted
 
 
 def gather(config, policy, tokenizer, prompts):
@@ -79,7 +80,7 @@ def gather(config, policy, tokenizer, prompts):
         if config.labeler == "human":
             pairs += labelers.label_by_person(questions, wanted, Path(config.out_dir) / "labels.jsonl", config.seed)
         else:
-            pairs += labelers.label_by_gold(questions, config.seed)
+            pairs += labelers.label_by_gold(questions[:wanted], config.seed)
     if skipped:
         print(f"{skipped} pairs skipped: equal answers, an empty answer, or different prompts")
     return pairs

@@ -126,11 +126,16 @@ def generate_all(model, prompts, max_new_tokens, eos, temperature=1.0, generator
         yield generate(model, prompts[i: i + batch_size], max_new_tokens, eos, temperature, generator)
 
 
+def printable(text):
+    """Control characters, which a weak model may well sample, do not reach the terminal."""
+    return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
+
+
 def columns(cells, width=None):
     """Texts side by side, wrapped into equal columns: one string of lines."""
     width = width or min(shutil.get_terminal_size((100, 24)).columns, 120)
     each = (width - 3 * (len(cells) - 1)) // len(cells)
-    wrapped = [[part for line in cell.splitlines() or [""] for part in textwrap.wrap(line, each) or [""]]
+    wrapped = [[part for line in printable(cell).splitlines() or [""] for part in textwrap.wrap(line, each) or [""]]
                for cell in cells]
     height = max(map(len, wrapped))
     wrapped = [lines + [""] * (height - len(lines)) for lines in wrapped]

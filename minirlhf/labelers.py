@@ -16,6 +16,7 @@ import numpy as np
 
 from minirlhf import reviews
 from minirlhf.data import Pair
+from minirlhf.generate import printable
 
 TAU = 0.5  # temperature of the gold labeler: the smaller, the fewer wrong labels
 
@@ -110,9 +111,9 @@ def label_by_person(questions, count, path, seed, ask=input):
         order = [0, 1]
         random.Random(f"{seed} {question.prompt} {question.answers}").shuffle(order)
         answers, finished = [[field[i] for i in order] for field in (question.answers, question.finished)]
-        print(f"\n[{labels + 1} of {count}]  {question.prompt}")
+        print(f"\n[{labels + 1} of {count}]  {printable(question.prompt)}")
         for number, (answer, done) in enumerate(zip(answers, finished), 1):
-            print(textwrap.fill(answer.strip() + ("" if done else " …"), 100,
+            print(textwrap.fill(printable(answer).strip() + ("" if done else " …"), 100,
                                 initial_indent=f"  {number}  ", subsequent_indent="     "))
         choice = ""
         while choice not in ("1", "2", "=", "s", "u", "q"):

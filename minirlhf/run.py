@@ -124,8 +124,11 @@ def plain(value):
 def write_atomic(path, write):
     """write(temporary path), then move it into place: a reader never sees half a file."""
     temporary = Path(f"{path}.tmp")
-    write(temporary)
-    os.replace(temporary, path)
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_json(path, value):
@@ -146,7 +149,8 @@ def load_checkpoint(run_dir, stages=("lm", "rm", "ppo")):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception:  # torch.load meets foreign bytes with many kinds of errors
         raise UserError(f"{path}: truncated, or not a checkpoint of minirlhf; train that stage again") from None
-    if not isinstance(checkpoint, dict) or checkpoint.get("format") != "minirlhf":
+    needed = {"format", "stage", "step", "shape", "tokenizer", "config", "model"}
+    if not isinstance(checkpoint, dict) or not needed <= set(checkpoint) or checkpoint["format"] != "minirlhf":
         raise UserError(f"{path}: not a checkpoint of minirlhf")
     if checkpoint["tokenizer"]["kind"] not in KINDS:
         raise UserError(f"{path}: its tokenizer is of the kind {checkpoint['tokenizer']['kind']!r}, unknown here")
