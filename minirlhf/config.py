@@ -8,6 +8,7 @@ Next: tokenizer.py.
 import argparse
 import dataclasses
 import math
+import os
 import sys
 from pathlib import Path
 
@@ -94,3 +95,6 @@ def command(main):
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:  # whoever read our output has gone, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
