@@ -72,9 +72,8 @@ def sample_questions(config, policy, tokenizer, prompts):
     return labelers.questions_of(chosen, answers, finished, config.answers_per_prompt), wanted
 
 
-def gather(config, policy, tokenizer, prompts):
-    """The pairs to learn from: from files, from new answers, or from both."""
-    pairs, skipped = data.read_pairs(config.prefs)
+def gather(config, policy, tokenizer, prompts, pairs, skipped):
+    """The pairs to learn from: `pairs` read from files (`skipped` rows were useless), new answers, or both."""
     if config.policy or not config.prefs:
         questions, wanted = sample_questions(config, policy, tokenizer, prompts)
         if config.labeler == "human":
@@ -191,13 +190,17 @@ def train(config, lm, tokenizer, policy=None):
     room = data.prompt_room(block_size, config.max_new_tokens, config.lm)
 
     # ---- 1. prompts and preferences ----
+    from_files, skipped = data.read_pairs(config.prefs)
     prompts = data.read_prompts(config.prompts, config.prompt_words) if config.prompts else []
     if not prompts and config.prefs:
-        prompts = sorted({pair.prompt for pair in data.read_pairs(config.prefs)[0]} - {""})
+        prompts = sorted({pair.prompt for pair in from_files} - {""})
     if not prompts:
         prompts = lm_prompts(config.lm, config.prompt_words)
     pairs_file = Path(config.out_dir) / "pairs.jsonl"
-    pairs = data.read_pairs([pairs_file])[0] if config.resume else gather(config, policy or lm, tokenizer, prompts)
+    if config.resume:
+        pairs, _ = data.read_pairs([pairs_file])
+    else:
+        pairs = gather(config, policy or lm, tokenizer, prompts, from_files, skipped)
     if len(pairs) < 8:
         raise UserError(f"{len(pairs)} preference pairs; at least 8 are needed")
     run = Run("rm", config, device)

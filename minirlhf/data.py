@@ -11,7 +11,6 @@ import json
 import re
 import zlib
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import torch
