@@ -29,9 +29,9 @@ from tqdm import tqdm
 from minirlhf import data, losses, reviews
 from minirlhf.config import UserError, command, option, parse
 from minirlhf.generate import columns, generate, generate_all
-from minirlhf.logprobs import token_logprobs
+from minirlhf.logprobs import cross_entropy, surprisal_variance, token_logprobs
 from minirlhf.model import ScalarHead
-from minirlhf.run import (Run, autocast, learning_rate, lm_prompts, load_lm, load_reward_model, pick_device,
+from minirlhf.run import (Run, autocast, learning_rate, lm_corpus, lm_prompts, load_lm, load_reward_model, pick_device,
                           refuse_inputs_in_out_dir, saved_config, write_json)
 
 
@@ -50,12 +50,21 @@ class Config:
     max_new_tokens: int = option(48, "longest answer, in tokens", low=1)
     temperature: float = option(1.0, "of the softmax, in sampling and in every log-prob", low=0.01)
     missing_eos_penalty: float = option(1.0, "taken off the score of an answer that did not end by itself", low=0)
+    samples_per_prompt: int = option(1, "answers to each prompt of a rollout; rloo and grpo compare them", low=1)
     # reward
     kl_coef: float = option(0.05, "β, price of a nat of KL to the reference", low=0)
+    kl_in: str = option("reward", "where the KL is paid: in each token's reward, or in the loss", choices=("reward", "loss"))
+    kl_estimator: str = option("k2", "of the KL in the loss: k2 has KL(policy || reference)'s gradient, k3 the other "
+                               "direction's", choices=("k2", "k3"))
     kl_target: float = option(0.0, "steer β so that KL ends here, nats per answer; 0: β stays fixed", low=0)
     kl_horizon: float = option(1000.0, "episodes over which β may change by a fifth", low=1)
     # PPO
+    advantage: str = option("gae", "how an answer is compared: gae with the value head, reinforce with the batch's mean, "
+                            "rloo with the other answers to the prompt, grpo with those in units of their spread",
+                            choices=("gae", "reinforce", "rloo", "grpo"))
+    grpo_std: bool = option(True, "grpo: divide by the group's standard deviation")
     ppo_epochs: int = option(2, "passes over each rollout", low=1)
+    stop_kl: float = option(math.inf, "end a rollout's epochs once one of them moved the policy this far, nats per token", low=0)
     minibatch_size: int = option(64, "answers per optimizer step", low=1)
     lr: float = option(6e-4, "learning rate, falling linearly to 0", low=0)
     gamma: float = option(1.0, "discount per token", low=0, high=1)
@@ -63,6 +72,9 @@ class Config:
     clip: float = option(0.2, "ε of the policy's clip", low=0)
     value_clip: float = option(0.2, "how far a value may move in a rollout's update", low=0)
     vf_coef: float = option(0.1, "weight of the value loss", low=0)
+    value: str = option("shared", "the value head sits on the policy's trunk, or on a copy of its own that starts as "
+                        "the language model or as the reward model", choices=("shared", "lm", "rm"))
+    ptx_coef: float = option(0.0, "weight of the next-token loss on the language model's text (PPO-ptx)", low=0)
     grad_clip: float = option(1.0, "largest gradient norm", low=0)
     # log
     eval_every: int = option(0, "rollouts between evaluations; 0: only at the end", low=0)
@@ -211,15 +223,35 @@ def choose_prompts(config):
     return prompts or lm_prompts(config.lm, config.prompt_words)
 
 
+def check_options(config):
+    """One line for each combination that cannot mean anything."""
+    for divisor in ("minibatch_size", "samples_per_prompt"):
+        if config.batch_size % getattr(config, divisor):
+            raise UserError(f"--batch_size {config.batch_size} must be divisible by --{divisor} {getattr(config, divisor)}")
+    if config.advantage in ("rloo", "grpo") and config.samples_per_prompt < 2:
+        raise UserError(f"--advantage {config.advantage} compares answers to the same prompt: "
+                        "it needs --samples_per_prompt 2 or more")
+    if not config.grpo_std and config.advantage != "grpo":
+        raise UserError(f"--no-grpo_std means nothing with --advantage {config.advantage}; add --advantage grpo")
+    if config.kl_in == "reward" and config.kl_estimator != "k2":
+        raise UserError(f"--kl_estimator {config.kl_estimator} is for --kl_in loss; in the reward only k1 is right")
+    if config.kl_target and not config.kl_coef:
+        raise UserError("--kl_target cannot steer --kl_coef 0, which stays 0 whatever it is multiplied by; start from 0.05")
+    if config.value != "shared" and config.advantage != "gae":
+        raise UserError(f"--value {config.value} is for --advantage gae; --advantage {config.advantage} has no value function")
+    if config.value == "rm" and config.reward != "rm":
+        raise UserError(f"--value rm starts from the reward model, which --reward {config.reward} does not read; use --value lm")
+    if config.stop_kl == 0:
+        raise UserError("--stop_kl 0 would end every rollout's update at once; name a KL such as 0.02, or leave it out")
+
+
 def train(config, policy, reward_model, tokenizer, reward_fn=None):
     """The whole of PPO; returns (policy, value head).
 
     policy: GPT, trained in place; the reference is a frozen copy of it. reward_model: RewardModel,
     not read where reward_fn, a function (prompts, responses) -> list of floats, takes its place.
     """
-    if config.batch_size % config.minibatch_size:
-        raise UserError(f"--batch_size {config.batch_size} must be divisible by "
-                        f"--minibatch_size {config.minibatch_size}")
+    check_options(config)
     room = data.prompt_room(policy.shape.block_size, config.max_new_tokens, config.lm)
     if reward_fn is None and reward_model.trunk.shape.block_size < policy.shape.block_size:
         raise UserError(f"--rm {config.rm} reads {reward_model.trunk.shape.block_size} tokens, fewer than the "
@@ -245,14 +277,27 @@ def train(config, policy, reward_model, tokenizer, reward_fn=None):
     run = Run("ppo", config, device, write=not config.explain)
     reference = copy.deepcopy(policy).requires_grad_(False)
     value_head = ScalarHead(policy.shape.n_embd, std=0.0).to(device)  # starts at 0: no opinion yet
+    value_trunk = None  # the policy's own
+    if config.value == "lm":
+        value_trunk = copy.deepcopy(policy)
+    elif config.value == "rm":  # Stiennon et al. 2020: the value function starts as the reward model
+        value_trunk = copy.deepcopy(reward_model.trunk).requires_grad_(True)
+        value_head = reward_model.normalised_head().requires_grad_(True)
     kl_coef = config.kl_coef
     if run.checkpoint:
         policy.load_state_dict(run.checkpoint["model"])
         value_head.load_state_dict(run.checkpoint["value_head"])
+        if value_trunk is not None:
+            value_trunk.load_state_dict(run.checkpoint["value_trunk"])
         kl_coef = run.checkpoint["kl_coef"]
-    forward = torch.compile(policy, dynamic=True) if config.compile else policy
-    parameters = [*policy.parameters(), *value_head.parameters()]
+    forward, value_forward = policy, value_trunk
+    if config.compile:
+        forward = torch.compile(policy, dynamic=True)
+        value_forward = value_trunk and torch.compile(value_trunk, dynamic=True)
+    parameters = [*policy.parameters(), *value_head.parameters(), *(value_trunk.parameters() if value_trunk else [])]
     optimizer = torch.optim.Adam(parameters, lr=config.lr, eps=1e-5, fused=True)
+    if config.ptx_coef:
+        windows = data.Windows(lm_corpus(config.lm), tokenizer, policy.shape.block_size)
     print(f"{len(train_prompts)} prompts to train on, {len(set(held_out))} held out, reward {config.reward}, {device}")
 
     def score_rollout(rollout, prompts, responses):
@@ -264,7 +309,7 @@ def train(config, policy, reward_model, tokenizer, reward_fn=None):
 
     def save(step):
         run.save(step, policy.shape, tokenizer, [optimizer], model=policy.state_dict(),
-                 value_head=value_head.state_dict(), kl_coef=kl_coef)
+                 value_head=value_head.state_dict(), value_trunk=value_trunk and value_trunk.state_dict(), kl_coef=kl_coef)
 
     # ---- loop ----
     first = run.restore([optimizer])
@@ -280,10 +325,12 @@ def train(config, policy, reward_model, tokenizer, reward_fn=None):
         optimizer.param_groups[0]["lr"] = lr
 
         # ---- 1. sample answers: B of them, at most A tokens long ----
-        chosen = data.order(len(train_ids), config.seed, step * config.batch_size, config.batch_size)
+        num_prompts = config.batch_size // config.samples_per_prompt
+        chosen = data.order(len(train_ids), config.seed, step * num_prompts, num_prompts)
         show = step % config.sample_every == 0 or step == config.max_steps - 1
         if show:  # the same first prompts each time, so that samples.jsonl shows what changed
             chosen[:4] = data.order(len(train_ids), config.seed, 0, 4)[: len(chosen)]
+        chosen = chosen.repeat(config.samples_per_prompt)  # answers to one prompt stand together
         batch_prompts = [train_prompts[i] for i in chosen]
         batch_ids = [train_ids[i] for i in chosen]
         rollout = generate(policy, batch_ids, config.max_new_tokens, tokenizer.eos, config.temperature)
@@ -294,7 +341,7 @@ def train(config, policy, reward_model, tokenizer, reward_fn=None):
         scores = score_rollout(rollout, batch_prompts, responses)  # (B,)
         golds = gold_reward(batch_prompts, responses) if gold_known else None
         penalties = config.missing_eos_penalty * ~rollout.finished
-        if reward_fn is not None and step == 0:
+        if reward_fn is not None and step == 0 and config.advantage == "gae":
             # A function's scores have any mean, a reward model's have mean 0. Until the value head had learned that
             # mean, GAE with λ < 1 would take it for a reason to end early.
             nn.init.constant_(value_head.linear.bias, (scores - penalties).mean().item())
@@ -303,23 +350,38 @@ def train(config, policy, reward_model, tokenizer, reward_fn=None):
         with torch.no_grad(), autocast(device, config.dtype):
             hidden = rollout.hidden(forward)  # (B, A, C)
             old_logprobs, entropy = answer_logprobs(policy, rollout, config.temperature, hidden)  # (B, A) each
+            spread = surprisal_variance(hidden, policy.head_weight, mask, config.temperature)  # (B, A)
+            if value_trunk is not None:
+                hidden = rollout.hidden(value_forward)
             old_values = value_head(hidden).masked_fill(~mask, 0.0)  # (B, A)
             ref_logprobs, _ = answer_logprobs(reference, rollout, config.temperature)
 
         # ---- 4. reward = score at the last token - β KL per token ----
         k1, k3 = losses.kl_estimates(old_logprobs, ref_logprobs)  # (B, A) each, 0 behind the mask
-        rewards = losses.shaped_rewards(scores - penalties, old_logprobs, ref_logprobs, mask, kl_coef)  # (B, A)
+        coef = kl_coef if config.kl_in == "reward" else 0.0
+        rewards = losses.shaped_rewards(scores - penalties, old_logprobs, ref_logprobs, mask, coef)  # (B, A)
 
         # ---- 5. advantages and returns; whitening comes after the returns ----
-        advantages, returns = losses.gae(rewards, old_values, mask, config.gamma, config.lam)
-        whitened = losses.whiten(advantages, mask)
+        group, returns = config.samples_per_prompt, None
+        if config.advantage == "gae":
+            advantages, returns = losses.gae(rewards, old_values, mask, config.gamma, config.lam)  # (B, A) each
+        elif config.advantage == "reinforce":
+            advantages = losses.reward_to_go(rewards, mask, config.gamma)
+        elif config.advantage == "rloo":
+            advantages = losses.leave_one_out(rewards, mask, group)
+        else:
+            advantages = losses.group_relative(rewards, mask, group, config.grpo_std)
+        whiten = config.advantage in ("gae", "reinforce") and config.kl_in == "reward"  # else β would change its meaning
+        whitened = losses.whiten(advantages, mask) if whiten else advantages
 
         # ---- 6. epochs of clipped policy and value updates on shuffled minibatches ----
         num_minibatches = config.batch_size // config.minibatch_size
+        ptx_step = step * config.ppo_epochs * num_minibatches  # of the text's batches
         tokens_per_minibatch = mask.sum() / num_minibatches  # short minibatches get no extra weight
         sums = torch.zeros(4, device=device)  # policy loss, value loss, approx_kl, clip_frac, over all tokens
         ratio_first = None
-        for _ in range(config.ppo_epochs):
+        for epoch in range(config.ppo_epochs):
+            approx_kl_before = sums[2].item()
             for rows in torch.randperm(config.batch_size).to(device).split(config.minibatch_size):
                 part = rollout.rows(rows)
                 part_mask = part.mask  # (rows, A'), A' the longest answer of these rows
@@ -327,13 +389,27 @@ def train(config, policy, reward_model, tokenizer, reward_fn=None):
                 with autocast(device, config.dtype):
                     hidden = part.hidden(forward)
                     new_logprobs, _ = answer_logprobs(policy, part, config.temperature, hidden)
+                    if value_trunk is not None:
+                        hidden = part.hidden(value_forward)
                     new_values = value_head(hidden)
                 old = old_logprobs[rows, :A]
                 policy_loss = losses.policy_loss(new_logprobs, old, whitened[rows, :A], config.clip)
                 policy_loss = losses.masked_sum(policy_loss, part_mask)
-                value_loss = losses.value_loss(new_values, old_values[rows, :A], returns[rows, :A], config.value_clip)
-                value_loss = losses.masked_sum(value_loss, part_mask)
-                loss = (policy_loss + config.vf_coef * value_loss) / tokens_per_minibatch
+                loss, value_loss = policy_loss, torch.zeros((), device=device)
+                if returns is not None:
+                    value_loss = losses.value_loss(new_values, old_values[rows, :A], returns[rows, :A], config.value_clip)
+                    value_loss = losses.masked_sum(value_loss, part_mask)
+                    loss = loss + config.vf_coef * value_loss
+                if config.kl_in == "loss":
+                    kl_loss = losses.kl_loss(new_logprobs, ref_logprobs[rows, :A], part_mask, config.kl_estimator)  # (rows,)
+                    loss = loss + kl_coef * kl_loss.sum()
+                loss = loss / tokens_per_minibatch
+                if config.ptx_coef:
+                    inputs, targets = windows.batch(config.seed, ptx_step, config.minibatch_size)  # (rows, T) each
+                    ptx_step += 1
+                    with autocast(device, config.dtype):
+                        logits = forward(inputs.to(device)) @ policy.head_weight.T
+                    loss = loss + config.ptx_coef * cross_entropy(logits.float(), targets.to(device))
                 loss.backward()
                 norm = torch.nn.utils.clip_grad_norm_(parameters, config.grad_clip)
                 run.check_finite(step, loss=loss.item(), gradient=norm.item())
@@ -347,18 +423,25 @@ def train(config, policy, reward_model, tokenizer, reward_fn=None):
                     clipped = (outside > config.clip).float()
                     sums += torch.stack([policy_loss, value_loss, losses.masked_sum(approx_kl, part_mask),
                                          losses.masked_sum(clipped, part_mask)])
+            if (sums[2].item() - approx_kl_before) / mask.sum().item() > config.stop_kl:
+                break
 
         # ---- log ----
         done = step + 1
-        policy_loss, value_loss, approx_kl, clip_frac = (sums / (config.ppo_epochs * mask.sum())).tolist()
-        unexplained = losses.masked_var(returns - old_values, mask) / losses.masked_var(returns, mask)
+        policy_loss, value_loss, approx_kl, clip_frac = (sums / ((epoch + 1) * mask.sum())).tolist()
+        explained_variance = None
+        if returns is None:
+            value_loss = None
+        else:
+            unexplained = losses.masked_var(returns - old_values, mask) / losses.masked_var(returns, mask)
+            explained_variance = 1 - unexplained.item()
         kl = k1.sum(1).mean().item()
         row = {
             "step": done, "episodes": done * config.batch_size, "lr": lr, "score": scores.mean().item(),
-            "reward": rewards.sum(1).mean().item(), "kl": kl, "kl_k3": k3.sum(1).mean().item(), "kl_coef": kl_coef,
+            "reward": (scores - penalties).mean().item() - kl_coef * kl, "kl": kl, "kl_k3": k3.sum(1).mean().item(), "kl_coef": kl_coef,
             "entropy": losses.masked_mean(entropy, mask).item(), "ratio_first": ratio_first, "approx_kl": approx_kl,
             "clip_frac": clip_frac, "policy_loss": policy_loss, "value_loss": value_loss,
-            "explained_variance": 1 - unexplained.item(), "length": mask.sum(1).float().mean().item(),
+            "explained_variance": explained_variance, "length": mask.sum(1).float().mean().item(),
             "eos_rate": rollout.finished.float().mean().item(),
         }
         if golds:
@@ -374,6 +457,7 @@ def train(config, policy, reward_model, tokenizer, reward_fn=None):
                 (4, "KL"): k1, (4, "reward"): rewards, (5, "advantage"): advantages, (5, "return"): returns,
                 (6, "new"): new_logprobs,
             }
+            numbers = {key: x for key, x in numbers.items() if x is not None}
             tokens = display_tokens(tokenizer, rollout.answers[0, :n].tolist())
             numbers = {key: x[0, :n].tolist() for key, x in numbers.items()}
             bar.close()

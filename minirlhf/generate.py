@@ -58,7 +58,8 @@ class Rollout:
 
     def texts(self, tokenizer):
         """The answers as text, eos left out."""
-        return [tokenizer.decode(ids[mask].tolist()) for ids, mask in zip(self.answers.cpu(), self.mask.cpu())]
+        lengths = self.mask.sum(1).tolist()
+        return [tokenizer.decode(ids[:n]) for ids, n in zip(self.answers.tolist(), lengths)]
 
 
 def left_pad(rows):

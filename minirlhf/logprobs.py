@@ -44,3 +44,12 @@ def token_logprobs(hidden, weight, targets, mask, temperature=1.0):
         entropy = -(all_logprobs.exp() * all_logprobs).sum(-1)  # (N,)
     zeros = torch.zeros(mask.shape, device=hidden.device)
     return zeros.masked_scatter(mask, chosen), zeros.masked_scatter(mask, entropy)
+
+
+@torch.no_grad()
+def surprisal_variance(hidden, weight, mask, temperature=1.0):
+    """Var(-log π) of each next-token distribution, (B, T) in nats², 0 where the mask is False. Its mean is the entropy."""
+    all_logprobs = log_softmax((hidden[mask] @ weight.T).float() / temperature)  # (N, V)
+    weighted = all_logprobs.exp() * all_logprobs
+    variance = ((weighted * all_logprobs).sum(-1) - weighted.sum(-1) ** 2).clamp(min=0)  # (N,)
+    return torch.zeros(mask.shape, device=hidden.device).masked_scatter(mask, variance)

@@ -15,6 +15,11 @@ def masked_sum(x, mask):
     return x.masked_fill(~mask, 0.0).sum()
 
 
+def masked_sum_rows(x, mask):
+    """(B, T) -> (B,)."""
+    return x.masked_fill(~mask, 0.0).sum(1)
+
+
 def masked_mean(x, mask):
     """Mean over the True slots.
 
@@ -55,6 +60,14 @@ def pair_loss(chosen, rejected, margin=0.0, tie=None):
     return torch.where(tie, both, loss)
 
 
+def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta):
+    """-log sigmoid(β [log π/π_ref of chosen - log π/π_ref of rejected]), (N,) (Rafailov et al. 2023, eq. 7).
+
+    All four: log-probs summed over the answer, (N,). It is pair_loss with β log π/π_ref for a reward.
+    """
+    return pair_loss(beta * (chosen - ref_chosen), beta * (rejected - ref_rejected))
+
+
 def calibration(scores):
     """(gain, bias) with which gain * scores + bias has mean 0 and (biased) standard deviation 1.
 
@@ -87,6 +100,17 @@ def shaped_rewards(scores, logprobs, ref_logprobs, mask, kl_coef):
     rows = torch.arange(len(mask), device=mask.device)
     rewards[rows, last_index(mask)] += scores
     return rewards
+
+
+def kl_loss(logprobs, ref_logprobs, mask, estimator):
+    """(B,): a loss whose gradient, for answers sampled from the policy itself, is that of a KL of whole answers.
+
+    With l = Σ_t log π - log π_ref. "k2": l²/2, E[l ∇log π] = ∇KL(policy || reference). "k3": exp(-l) - 1 + l (Shao et
+    al. 2024, eq. 4, there per token), E[(1 - π_ref/π) ∇log π] = ∇KL(reference || policy), the other direction.
+    k1 = l has no gradient in the mean (E[∇log π] = 0), so it is not on offer.
+    """
+    log_ratio = masked_sum_rows(logprobs - ref_logprobs, mask)
+    return log_ratio**2 / 2 if estimator == "k2" else torch.expm1(-log_ratio) + log_ratio
 
 
 def last_index(mask):
@@ -123,6 +147,34 @@ def gae(rewards, values, mask, gamma, lam):
         advantages[:, t] = advantage = delta + gamma * lam * advantage
         next_value = values[:, t]
     return advantages, advantages + values
+
+
+def reward_to_go(rewards, mask, gamma):
+    """REINFORCE (Williams 1992), (B, T): Σ_{k ≥ t} γ^{k-t} r_k, minus its mean over all tokens as the baseline."""
+    returns, _ = gae(rewards, torch.zeros_like(rewards), mask, gamma, 1.0)
+    return (returns - masked_mean(returns, mask)).masked_fill(~mask, 0.0)
+
+
+def leave_one_out(rewards, mask, group):
+    """RLOO (Kool et al. 2019; Ahmadian et al. 2024, eq. 9), (B, T): the answer's reward less the mean of its rivals'.
+
+    Rows i·group, …, i·group + group - 1 answer one prompt. Every token gets the whole answer's advantage.
+    """
+    totals = masked_sum_rows(rewards, mask).view(-1, group)
+    others = (totals.sum(1, keepdim=True) - totals) / (group - 1)
+    return mask * (totals - others).view(-1, 1)
+
+
+def group_relative(rewards, mask, group, divide_by_std=True, eps=1e-4):
+    """GRPO (Shao et al. 2024, section 4.1.2), (B, T): (R - mean) / std of the answers to the same prompt; groups as above.
+
+    divide_by_std=False: R - mean, whose optimum does not depend on the spread of R (Liu et al. 2025, section 3.2).
+    """
+    totals = masked_sum_rows(rewards, mask).view(-1, group)
+    advantages = totals - totals.mean(1, keepdim=True)
+    if divide_by_std:
+        advantages = advantages / (totals.std(1, keepdim=True) + eps)
+    return mask * advantages.view(-1, 1)
 
 
 def policy_loss(new_logprobs, old_logprobs, advantages, clip):

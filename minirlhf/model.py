@@ -151,6 +151,14 @@ class RewardModel(nn.Module):
         hidden = self.trunk(ids, start)  # (B, T, C)
         return self.head(hidden[torch.arange(len(ids), device=ids.device), last])
 
+    def normalised_head(self):
+        """A copy of the head that gain and bias are folded into."""
+        head = copy.deepcopy(self.head)
+        with torch.no_grad():
+            head.linear.weight.mul_(self.gain)
+            head.linear.bias.mul_(self.gain).add_(self.bias)
+        return head
+
     def score(self, ids, last, start=None):
         """Normalised scores (B,)."""
         return self.gain * self(ids, last, start) + self.bias

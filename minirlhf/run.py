@@ -192,13 +192,18 @@ def load_reward_model(run_dir, device):
     return model.to(device).requires_grad_(False), load_tokenizer(checkpoint["tokenizer"])
 
 
-def lm_prompts(run_dir, words):
-    """The prompts in the text that a language model learned; without any, the first words of its documents."""
-    paths = load_checkpoint(run_dir, ("lm", "ppo"))["config"].get("data", [])
+def lm_corpus(run_dir):
+    """The text that a language model learned (data.Corpus)."""
+    config = load_checkpoint(run_dir, ("lm", "ppo"))["config"]
     try:
-        prompts = corpus_prompts(read_corpus(paths), words)
+        return read_corpus(config["data"]) if "data" in config else lm_corpus(config["lm"])
     except UserError as error:
         raise UserError(f"{error}: the text that {run_dir} learned; put it back, or name prompts with --prompts") from None
+
+
+def lm_prompts(run_dir, words):
+    """The prompts in the text that a language model learned; without any, the first words of its documents."""
+    prompts = corpus_prompts(lm_corpus(run_dir), words)
     if not prompts:
         raise UserError(f"the text that {run_dir} learned has no document of more than {words} words to take a prompt "
                         "from; lower --prompt_words, or name prompts with --prompts")

@@ -1,0 +1,1 @@
+"""Instruments: each file runs by itself with `python -m minirlhf.lab.NAME`, and can be deleted alone."""
