@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from minirlhf import data, losses, reviews
 from minirlhf.config import UserError, command, option, parse
+from minirlhf.doctor import Doctor
 from minirlhf.generate import columns, generate, generate_all
 from minirlhf.logprobs import cross_entropy, surprisal_variance, token_logprobs
 from minirlhf.model import ScalarHead
@@ -53,6 +54,7 @@ class Config:
     samples_per_prompt: int = option(1, "answers to each prompt of a rollout; rloo and grpo compare them", low=1)
     # reward
     kl_coef: float = option(0.05, "β, price of a nat of KL to the reference", low=0)
+    kl_start: float = option(0.0, "β starts here and falls to kl_coef over the first half of the run; 0: no such fall", low=0)
     kl_in: str = option("reward", "where the KL is paid: in each token's reward, or in the loss", choices=("reward", "loss"))
     kl_estimator: str = option("k2", "of the KL in the loss: k2 has KL(policy || reference)'s gradient, k3 the other "
                                "direction's", choices=("k2", "k3"))
@@ -66,7 +68,8 @@ class Config:
     ppo_epochs: int = option(2, "passes over each rollout", low=1)
     stop_kl: float = option(math.inf, "end a rollout's epochs once one of them moved the policy this far, nats per token", low=0)
     minibatch_size: int = option(64, "answers per optimizer step", low=1)
-    lr: float = option(6e-4, "learning rate, falling linearly to 0", low=0)
+    lr: float = option(6e-4, "learning rate of Adam, falling linearly to 0", low=0)
+    muon_lr: float = option(0.0, "learning rate of Muon for the blocks' matrices; 0: Adam for them too", low=0)
     gamma: float = option(1.0, "discount per token", low=0, high=1)
     lam: float = option(0.95, "λ of GAE", low=0, high=1)
     clip: float = option(0.2, "ε of the policy's clip", low=0)
@@ -237,6 +240,10 @@ def check_options(config):
         raise UserError(f"--kl_estimator {config.kl_estimator} is for --kl_in loss; in the reward only k1 is right")
     if config.kl_target and not config.kl_coef:
         raise UserError("--kl_target cannot steer --kl_coef 0, which stays 0 whatever it is multiplied by; start from 0.05")
+    if config.kl_target and config.kl_start:
+        raise UserError("--kl_target and --kl_start both steer β; leave one of them out")
+    if config.kl_start and not config.kl_coef:
+        raise UserError("--kl_start falls by a constant factor a step and never reaches --kl_coef 0; name a small one, 0.001")
     if config.value != "shared" and config.advantage != "gae":
         raise UserError(f"--value {config.value} is for --advantage gae; --advantage {config.advantage} has no value function")
     if config.value == "rm" and config.reward != "rm":
@@ -295,7 +302,13 @@ def train(config, policy, reward_model, tokenizer, reward_fn=None):
         forward = torch.compile(policy, dynamic=True)
         value_forward = value_trunk and torch.compile(value_trunk, dynamic=True)
     parameters = [*policy.parameters(), *value_head.parameters(), *(value_trunk.parameters() if value_trunk else [])]
-    optimizer = torch.optim.Adam(parameters, lr=config.lr, eps=1e-5, fused=True)
+    trunks = [policy] + ([value_trunk] if value_trunk else [])
+    matrices = [p for trunk in trunks for p in trunk.blocks.parameters() if p.dim() == 2] if config.muon_lr else []
+    taken = {id(p) for p in matrices}
+    optimizers = [(torch.optim.Adam([p for p in parameters if id(p) not in taken], lr=config.lr, eps=1e-5, fused=True),
+                   config.lr)]
+    if matrices:
+        optimizers.append((torch.optim.Muon(matrices, lr=config.muon_lr, weight_decay=0.0), config.muon_lr))
     if config.ptx_coef:
         windows = data.Windows(lm_corpus(config.lm), tokenizer, policy.shape.block_size)
     print(f"{len(train_prompts)} prompts to train on, {len(set(held_out))} held out, reward {config.reward}, {device}")
@@ -308,21 +321,24 @@ def train(config, policy, reward_model, tokenizer, reward_fn=None):
             return reward_model.score(rollout.ids, rollout.last, rollout.start)
 
     def save(step):
-        run.save(step, policy.shape, tokenizer, [optimizer], model=policy.state_dict(),
+        run.save(step, policy.shape, tokenizer, [optimizer for optimizer, _ in optimizers], model=policy.state_dict(),
                  value_head=value_head.state_dict(), value_trunk=value_trunk and value_trunk.state_dict(), kl_coef=kl_coef)
 
     # ---- loop ----
-    first = run.restore([optimizer])
+    first = run.restore([optimizer for optimizer, _ in optimizers])
     if config.explain:  # one step, wherever the checkpoint stands
         first = min(first, config.max_steps - 1)
     elif first == 0:
         save(0)
     run.catch_interrupts()
     eval_args = (config, policy, reference, score_rollout, tokenizer, held_out, held_out_ids, gold_known)
+    doctor = Doctor(config.dtype)
     bar = tqdm(range(first, config.max_steps), initial=first, total=config.max_steps, desc="ppo", mininterval=0.5)
     for step in bar:
-        lr = learning_rate(config.lr, step, config.max_steps)
-        optimizer.param_groups[0]["lr"] = lr
+        for optimizer, lr in optimizers:
+            optimizer.param_groups[0]["lr"] = learning_rate(lr, step, config.max_steps)
+        if config.kl_start:
+            kl_coef = losses.annealed_kl_coef(config.kl_start, config.kl_coef, step / config.max_steps)
 
         # ---- 1. sample answers: B of them, at most A tokens long ----
         num_prompts = config.batch_size // config.samples_per_prompt
@@ -413,8 +429,9 @@ def train(config, policy, reward_model, tokenizer, reward_fn=None):
                 loss.backward()
                 norm = torch.nn.utils.clip_grad_norm_(parameters, config.grad_clip)
                 run.check_finite(step, loss=loss.item(), gradient=norm.item())
-                optimizer.step()
-                optimizer.zero_grad()
+                for optimizer, _ in optimizers:
+                    optimizer.step()
+                    optimizer.zero_grad()
                 with torch.no_grad():
                     _, approx_kl = losses.kl_estimates(old, new_logprobs)
                     outside = ((new_logprobs - old).exp() - 1).abs()
@@ -437,12 +454,16 @@ def train(config, policy, reward_model, tokenizer, reward_fn=None):
             explained_variance = 1 - unexplained.item()
         kl = k1.sum(1).mean().item()
         row = {
-            "step": done, "episodes": done * config.batch_size, "lr": lr, "score": scores.mean().item(),
+            "step": done, "episodes": done * config.batch_size, "lr": optimizers[0][0].param_groups[0]["lr"],
+            "score": scores.mean().item(),
             "reward": (scores - penalties).mean().item() - kl_coef * kl, "kl": kl, "kl_k3": k3.sum(1).mean().item(), "kl_coef": kl_coef,
             "entropy": losses.masked_mean(entropy, mask).item(), "ratio_first": ratio_first, "approx_kl": approx_kl,
             "clip_frac": clip_frac, "policy_loss": policy_loss, "value_loss": value_loss,
             "explained_variance": explained_variance, "length": mask.sum(1).float().mean().item(),
             "eos_rate": rollout.finished.float().mean().item(),
+            "sampling_z": losses.sampling_z(old_logprobs, entropy, spread, mask).item(),
+            "kl_se": k1.sum(1).std(correction=0).item() / math.sqrt(len(k1) - 1) if len(k1) > 1 else None,
+            "score_std": scores.std(correction=0).item() if len(scores) > 1 else None,
         }
         if golds:
             row["gold"] = sum(golds) / len(golds)
@@ -477,6 +498,8 @@ def train(config, policy, reward_model, tokenizer, reward_fn=None):
         if config.eval_every and done % config.eval_every == 0 and done < config.max_steps:
             row["eval"] = evaluate(*eval_args)[0]
         run.log(**row)
+        for line in doctor.look(row):
+            tqdm.write(line)
         if done % config.save_every == 0 or done == config.max_steps or run.interrupted:
             save(done)
         run.stop_if_interrupted("train_ppo.py")

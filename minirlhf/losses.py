@@ -113,6 +113,17 @@ def kl_loss(logprobs, ref_logprobs, mask, estimator):
     return log_ratio**2 / 2 if estimator == "k2" else torch.expm1(-log_ratio) + log_ratio
 
 
+def sampling_z(logprobs, entropy, variance, mask, floor=100.0):
+    """Are the tokens drawn from the distribution they are scored with? Σ (-log π - H) / sqrt(Σ Var(-log π)).
+
+    If so, mean 0 and variance 1: given the tokens before it, -log π of a token has mean H, so the terms are martingale
+    differences and their variances add up. logprobs, entropy H and variance: (B, T), of each next-token distribution.
+    floor: least sum of variances, in nats²; with less chance at play, one rare token of a policy that is
+    nearly certain would look like many standard deviations.
+    """
+    return masked_sum(-logprobs - entropy, mask) / masked_sum(variance, mask).clamp(min=floor).sqrt()
+
+
 def last_index(mask):
     """Index of the last True slot of each row (B,); rows are True from the left, at least once."""
     return mask.sum(-1) - 1
@@ -128,6 +139,17 @@ def next_kl_coef(kl_coef, kl, target, episodes, horizon):
     """
     error = min(max(kl / target - 1, -0.2), 0.2)
     return kl_coef * (1 + error * episodes / horizon)
+
+
+def annealed_kl_coef(start, end, progress):
+    """β of this step: from start to end by a constant factor a step up to the middle of the run, then end.
+
+    The best policies of neighbouring β are close to each other, so no good answer is lost before it has been tried.
+
+    >>> [annealed_kl_coef(0.4, 0.1, progress) for progress in (0.0, 0.25, 0.5, 1.0)]
+    [0.4, 0.2, 0.1, 0.1]
+    """
+    return end * (start / end) ** max(0.0, 1 - 2 * progress)
 
 
 # ---- PPO -------------------------------------------------------------------------------------

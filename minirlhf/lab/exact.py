@@ -48,7 +48,7 @@ class Config:
     betas: str = option("0.1,0.3,1.0", "prices of a nat of KL")
     seeds: str = option("1,2,3", "seeds of PPO")
     variants: str = option("gae", "ways to train, see VARIANTS; all: every one")
-    symbols: int = option(0, "a world of your own: symbols beside eos", low=0, high=26)
+    symbols: int = option(0, "a world of your own instead: symbols beside eos, 3 to 26; 0: none", low=0, high=26)
     max_tokens: int = option(4, "longest answer of a world of your own", low=1)
     out: str = option("runs/exact.json", "file to write the rows to")
     quick: bool = option(False, "one row: the small world, β 0.3, seed 1")
@@ -94,8 +94,8 @@ class World:
         letters = range(symbols)
         self.answers = [(*ids, symbols) for k in range(longest) for ids in itertools.product(letters, repeat=k)]
         self.answers += list(itertools.product(letters, repeat=longest))
-        # No prompt begins another one, so that no two contexts look alike.
-        texts = ["".join(ids) for ids in itertools.product("abc"[:max(2, symbols)], repeat=2)]
+        # Prompts are equally long: if one began another, two contexts would look alike.
+        texts = [self.tokenizer.decode(ids) for ids in itertools.product(letters, repeat=1 if symbols > 5 else 2)]
         train, held_out = data.split(texts, key=str)
         self.prompts, self.held_out = train[:4], held_out[:1]
         generator = torch.Generator().manual_seed(REWARD_SEED)
@@ -113,7 +113,7 @@ class World:
         V = self.tokenizer.vocab_size
         documents = []
         for prompt in self.prompts + self.held_out:
-            steps = rng.dirichlet([2.0] * V, size=V)  # (V, V): row = the token before; the last row begins
+            steps = rng.dirichlet([20.0] * (V - 1) + [10.0], size=V)  # (V, V): row = the token before; the last row begins
             for _ in range(size // 4):
                 ids, last = [], V - 1
                 while len(ids) < self.longest and (last := rng.choice(V, p=steps[last])) != V - 1:
@@ -169,23 +169,75 @@ def best_of_n(reference, rewards, n):
     return torch.empty_like(log_p).scatter_(1, order, log_p)
 
 
+# ---- what each variant should reach ----------------------------------------------------------
+
+
+def self_consistent(reference, rewards, beta, rounds=200):
+    """(log π, σ): the fixed point π = π_ref exp(r / (β σ)) / Z with σ (4, 1) the standard deviation of r under π itself.
+
+    Where GRPO ends that divides by the group's standard deviation and pays the KL in the loss, for large groups.
+    """
+    policy = reference
+    for _ in range(rounds):
+        mean = (policy.exp() * rewards).sum(1, keepdim=True)
+        sigma = (policy.exp() * (rewards - mean) ** 2).sum(1, keepdim=True).sqrt().clamp(min=1e-6)
+        policy, _ = optimum(reference, rewards / sigma, beta)
+    return policy, sigma
+
+
+def reverse_optimum(reference, rewards, beta):
+    """log π that maximises E[r] - β KL(π_ref || π): π = β π_ref / (λ - r), λ above every r such that π sums to 1 (bisection)."""
+    low = rewards.max(1, keepdim=True).values
+    high = low + beta
+    for _ in range(200):
+        middle = (low + high) / 2
+        too_much = (beta * reference.exp() / (middle - rewards)).sum(1, keepdim=True) > 1
+        low, high = torch.where(too_much, middle, low), torch.where(too_much, high, middle)
+    return (math.log(beta) + reference - (high - rewards).log()).log_softmax(1)
+
+
+def measure(policy, reference, rewards, beta, goal="π*"):
+    """The exact figures of a policy; policy and reference are log-probs, (4, N). goal: the optimum it is held against.
+
+    j_optimal - j_policy = β kl_optimal holds for every policy where the goal is π* (of r, or of r / σ).
+    """
+    if goal == "grpo":
+        _, sigma = self_consistent(reference, rewards, beta)
+        rewards = rewards / sigma
+    if goal == "reverse":
+        best = reverse_optimum(reference, rewards, beta)
+        j_reference, j_policy, j_optimal = ((p.exp() * rewards).sum(1).mean().item() - beta * kl(reference, p)
+                                            for p in (reference, policy, best))
+    else:
+        best, j_optimal = optimum(reference, rewards, beta)
+        j_reference, j_policy = (objective(p, reference, rewards, beta) for p in (reference, policy))
+    return {
+        "j_reference": j_reference, "j_policy": j_policy, "j_optimal": j_optimal,
+        "gap_closed": (j_policy - j_reference) / (j_optimal - j_reference),
+        "kl_optimal": kl(policy, best), "kl_optimal_reverse": kl(best, policy), "kl_reference": kl(policy, reference),
+    }
+
+
 # ---- one row ---------------------------------------------------------------------------------
 
-VARIANTS = {
-    "gae": {},
-    "gae value lm": dict(value="lm"),
-    "reinforce": dict(advantage="reinforce"),
-    "rloo": dict(advantage="rloo", samples_per_prompt=32),
-    "grpo no std": dict(advantage="grpo", samples_per_prompt=32, grpo_std=False, kl_in="loss"),
-    "grpo": dict(advantage="grpo", samples_per_prompt=32, kl_in="loss"),
-    "rloo k2 loss": dict(advantage="rloo", samples_per_prompt=32, kl_in="loss"),
-    "rloo k3 loss": dict(advantage="rloo", samples_per_prompt=32, kl_in="loss", kl_estimator="k3"),
+GROUP = dict(samples_per_prompt=64)
+VARIANTS = {  # options, and the optimum that theory names
+    "gae": ({}, "π*"),
+    "gae+value_lm": (dict(value="lm"), "π*"),
+    "gae+k2": (dict(kl_in="loss"), "π*"),
+    "reinforce": (dict(advantage="reinforce"), "π*"),
+    "rloo": (dict(advantage="rloo", **GROUP), "π*"),
+    "rloo+k2": (dict(advantage="rloo", kl_in="loss", **GROUP), "π*"),
+    "rloo+k3": (dict(advantage="rloo", kl_in="loss", kl_estimator="k3", **GROUP), "reverse"),
+    "grpo": (dict(advantage="grpo", kl_in="loss", **GROUP), "grpo"),
+    "grpo-std": (dict(advantage="grpo", grpo_std=False, kl_in="loss", **GROUP), "π*"),
+    "gae+stop_kl": (dict(stop_kl=0.02), "π*"),
 }
 
 
 def train_reference(world, folder):
     """The language model of a world, trained by train_lm.train, in folder/lm."""
-    config = train_lm.Config(out_dir=str(folder / "lm"), n_layer=2, n_head=2, n_embd=32, block_size=3 + world.longest,
+    config = train_lm.Config(out_dir=str(folder / "lm"), n_layer=1, n_head=4, n_embd=64, block_size=1 + len(world.prompts[0]) + world.longest,
                              batch_size=64, max_steps=300, eval_every=300, save_every=300, device="cpu")
     train_lm.train(config, world.corpus(), world.tokenizer)
 
@@ -197,7 +249,8 @@ def run_row(world, folder, variant, beta, seed, options):
     out_dir = folder / f"{variant} {beta} {seed}"
     prompts = folder / "prompts.txt"
     prompts.write_text("\n".join(world.prompts + world.held_out) + "\n")
-    config = train_ppo.Config(**{**PPO, **VARIANTS[variant], **options}, kl_coef=beta, seed=seed, reward="exact:reward",
+    chosen, goal = VARIANTS[variant]
+    config = train_ppo.Config(**{**PPO, **chosen, **options}, kl_coef=beta, seed=seed, reward="exact:reward",
                               max_new_tokens=world.longest, lm=str(folder / "lm"), out_dir=str(out_dir),
                               prompts=str(prompts), eval_answers=2, device="cpu", save_every=10**6, sample_every=10**6)
     policy, _ = load_lm(config.lm, "cpu")
@@ -206,20 +259,8 @@ def run_row(world, folder, variant, beta, seed, options):
         policy, _ = train_ppo.train(config, policy, None, world.tokenizer, world.reward)
     logged = json.loads((out_dir / "metrics.jsonl").read_text().splitlines()[-1])
     row = {"world": world.name, "advantage": variant, "beta": beta, "seed": seed}
-    row |= measure(enumerate_policy(policy, world), reference, world.rewards, beta)
-    return row | {"kl_logged_k1": logged["kl"], "kl_logged_k3": logged["kl_k3"], "seconds": time.time() - clock}
-
-
-def measure(policy, reference, rewards, beta):
-    """The exact figures of a policy; all but rewards are log-probs, (4, N)."""
-    best, j_optimal = optimum(reference, rewards, beta)
-    j_policy, j_reference = (objective(p, reference, rewards, beta) for p in (policy, reference))
-    return {
-        "j_reference": j_reference, "j_policy": j_policy, "j_optimal": j_optimal,
-        "gap_closed": (j_policy - j_reference) / (j_optimal - j_reference),
-        "kl_optimal": kl(policy, best), "kl_optimal_reverse": kl(best, policy),
-        "kl_reference": kl(policy, reference), "reward": (policy.exp() * rewards).sum(1).mean().item(),
-    }
+    row |= measure(enumerate_policy(policy, world), reference, world.rewards, beta, goal)
+    return row | {"logged_k1": logged["kl"], "logged_k3": logged["kl_k3"], "seconds": time.time() - clock}
 
 
 @contextlib.contextmanager
@@ -227,3 +268,117 @@ def silence():
     """What the scripts print along the way goes nowhere."""
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
         yield
+
+
+# ---- the command -----------------------------------------------------------------------------
+
+COLUMNS = (("world", "{:<6}"), ("advantage", "{:<15}"), ("beta", "{:>5}"), ("seed", "{:>4}"), ("j_reference", "{:>12.4f}"),
+           ("j_policy", "{:>9.4f}"), ("j_optimal", "{:>10.4f}"), ("gap_closed", "{:>11.3f}"), ("kl_optimal", "{:>11.4f}"),
+           ("kl_optimal_reverse", "{:>19.4f}"), ("kl_reference", "{:>13.3f}"), ("logged_k1", "{:>10.3f}"),
+           ("logged_k3", "{:>10.3f}"), ("seconds", "{:>8.0f}"))
+
+
+def print_row(row=None):
+    """A line of the table; the heading without a row."""
+    if row is None:
+        print("  ".join(name.rjust(len(cell.format(0))) if ">" in cell else name.ljust(len(cell.format(0)))
+                        for name, cell in COLUMNS))
+    else:
+        print("  ".join(cell.format(row[name]).rjust(len(name)) for name, cell in COLUMNS), flush=True)
+
+
+def best_of_n_rows(world, reference):
+    """Exact reward and KL of best-of-n from the reference, beside the usual formula, an upper bound (Beirami et al. 2024)."""
+    rows = []
+    for n in BEST_OF:
+        policy = best_of_n(reference, world.rewards, n)
+        rows.append({"world": world.name, "n": n, "reward": (policy.exp() * world.rewards).sum(1).mean().item(),
+                     "kl": kl(policy, reference), "kl_bound": math.log(n) - (n - 1) / n})
+    return rows
+
+
+def options_of(text):
+    """{"lr": 0.001} of "lr=0.001", checked against train_ppo.Config."""
+    kinds = {name: type(value) for name, value in vars(train_ppo.Config()).items()}
+    options = {}
+    for part in text.split():
+        name, _, value = part.partition("=")
+        if name not in kinds:
+            raise UserError(f"--ppo {part}: train_ppo.py has no option {name!r}")
+        try:
+            options[name] = {"True": True, "False": False}[value] if kinds[name] is bool else kinds[name](value)
+        except (ValueError, KeyError):
+            raise UserError(f"--ppo {part}: {value!r} is not of the kind {kinds[name].__name__}") from None
+    return options
+
+
+def listed(config, name, kind, choices=None):
+    """The values of a comma-separated option."""
+    values = []
+    for text in getattr(config, name).split(","):
+        try:
+            value = kind(text.strip())
+        except ValueError:
+            raise UserError(f"--{name} {text!r}: not a number") from None
+        if choices and value not in choices:
+            raise UserError(f"--{name} {value!r}: must be of {', '.join(choices)}")
+        if kind is not str and not (math.isfinite(value) and value > 0):
+            raise UserError(f"--{name} {text}: must be above 0")
+        values.append(value)
+    return values
+
+
+def main():
+    config = parse(Config, __doc__)
+    if config.quick:
+        config.worlds, config.betas, config.seeds = "small", "0.3", "1"
+    betas, seeds = listed(config, "betas", float), listed(config, "seeds", int)
+    variants = list(VARIANTS) if config.variants == "all" else listed(config, "variants", str, VARIANTS)
+    options = options_of(config.ppo)
+    if config.symbols:
+        if config.symbols < 3:
+            raise UserError(f"--symbols {config.symbols}: four prompts need 3 or more")
+        worlds = [World(f"{config.symbols}x{config.max_tokens}", config.symbols, config.max_tokens)]
+    else:
+        worlds = [World(name, *WORLDS[name]) for name in listed(config, "worlds", str, WORLDS)]
+    try:
+        Path(config.out).parent.mkdir(parents=True, exist_ok=True)
+        open(config.out, "a").close()
+    except OSError as error:
+        raise UserError(f"--out {config.out}: cannot be written ({error.strerror})") from None
+
+    clock, rows, best_rows = time.time(), [], []
+    with tempfile.TemporaryDirectory() as temporary:
+        jobs = []
+        for world in worlds:
+            folder = Path(temporary) / world.name
+            with silence():
+                train_reference(world, folder)
+            best_rows += best_of_n_rows(world, enumerate_policy(load_lm(str(folder / "lm"), "cpu")[0], world))
+            jobs += [(world, folder, variant, beta, seed, options) for variant in variants for beta in betas for seed in seeds]
+            print(f"{world.name}: {world.tokenizer.n} symbols + eos, answers up to {world.longest} tokens: {len(world.answers):,} "
+                  f"answers to each of the prompts {' '.join(world.prompts)}; rewards N(0, 1), seed {REWARD_SEED}")
+        workers = min(len(jobs), os.cpu_count() or 1)  # one thread each: so small a network gains nothing from more
+        print(f"{len(jobs)} rows, {workers} at a time; J in units of the reward, KL in nats per answer\n")
+        print_row()
+        with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+            for future in as_completed([pool.submit(run_row, *job) for job in jobs]):
+                rows.append(future.result())
+                print_row(rows[-1])
+                left = (time.time() - clock) / len(rows) * (len(jobs) - len(rows))
+                print(f"{len(rows)} of {len(jobs)}, about {left / 60:.0f} min left", end="\r", file=sys.stderr)
+    rows.sort(key=lambda row: (row["world"], row["advantage"], row["beta"], row["seed"]))
+    print("\nkl_optimal, mean and largest: KL(policy || optimum)")
+    for world in worlds:
+        for variant in variants:
+            found = [row["kl_optimal"] for row in rows if (row["world"], row["advantage"]) == (world.name, variant)]
+            print(f"  {world.name:<6}  {variant:<15}  {sum(found) / len(found):.4f}  {max(found):.4f}")
+    print("\nbest of n from the reference, by enumeration; bound: ln n - (n - 1) / n")
+    for row in best_rows:
+        print("  {world:<6}  n {n:>4}  reward {reward:+.3f}  KL {kl:.4f}  bound {kl_bound:.4f}".format(**row))
+    write_json(config.out, {"rows": rows, "best_of_n": best_rows, "options": PPO | options, "seconds": time.time() - clock})
+    print(f"\n{len(rows)} rows in {config.out}, {time.time() - clock:.0f} s")
+
+
+if __name__ == "__main__":
+    command(main)
