@@ -261,5 +261,5 @@ def test_bad_input_is_one_line(options, message, runs, tmp_path, cli):
 def test_a_learning_rate_that_explodes_is_one_line(runs, tmp_path, cli):
     code, _, err = cli(dpo, f"--lm {runs}/lm --prefs {runs}/rm/pairs.jsonl --out_dir {tmp_path}/dpo --lr 1e20 --device cpu")
     last = err.splitlines()[-1]
-    assert code == 2 and "lower --lr" in last and "Traceback" not in err
+    assert code == 2 and "the run stopped; lower --lr" in last and "Traceback" not in err
     assert not (tmp_path / "dpo" / "ckpt.pt").exists()

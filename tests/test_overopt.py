@@ -11,6 +11,7 @@ import sys
 import numpy as np
 import pytest
 
+import train_lm
 import train_ppo
 from conftest import TINY, run_stage
 from minirlhf.lab import overopt
@@ -62,6 +63,13 @@ def test_fits_recover_their_coefficients_and_the_peak():
         assert overopt.fit(d, curves["rl" if form == "best_of_n" else "best_of_n"], form)["r2"] < 0.999
 
 
+def test_r2_is_the_share_of_the_variance_explained():
+    d, gain = np.linspace(0.5, 4, 30), np.random.default_rng(0).standard_normal(30)
+    found = overopt.fit(d, gain, "best_of_n")
+    missed = gain - (found["a"] * d - found["b"] * d**2)
+    assert found["r2"] == pytest.approx(1 - np.mean(missed**2) / np.var(gain))
+
+
 def test_a_fit_without_a_peak_says_so():
     d = np.linspace(0, 3, 20)
     assert overopt.fit(d, d + d**2, "best_of_n")["peak_kl"] is None
@@ -69,12 +77,13 @@ def test_a_fit_without_a_peak_says_so():
 
 
 def curve(golds, kls, proxies, pairs=8, seed=1):
-    return [{"method": "ppo", "rm_pairs": pairs, "seed": seed} | overopt.point(kl, proxy, gold, 0.1, step=step, held_out=False)
+    same = {"method": "ppo", "rm_pairs": pairs, "seed": seed}
+    return [same | overopt.point(kl, proxy, gold, 0.1, step=step, held_out=False)
             for step, (gold, kl, proxy) in enumerate(zip(golds, kls, proxies), 1)]
 
 
 def test_ppo_is_fitted_whole_and_up_to_its_lowest_point():
-    """The lowest point after the peak counts, even where gold was lower before; what comes after it spoils the whole fit."""
+    """The lowest point after the peak counts, even where gold was lower before; what follows it spoils the whole fit."""
     d = np.arange(8.0)
     gain = 3 * d - 1.5 * np.where(d > 0, d * np.log(np.maximum(d, 1e-9)), 0)  # 0, 3, 3.9, ... 0.6
     golds, kls, proxies = [*(gain - 9), -6.5], [*d**2, 64.0], np.arange(9.0)
@@ -169,6 +178,19 @@ def test_another_language_model_leaves_nothing_finished(runs, tmp_path):
     assert len(before) == 1 + 6 + 6 * (4 + 1 + 1)
 
 
+def test_another_option_leaves_the_parts_finished_that_it_does_not_touch(runs):
+    def names(**options):
+        return {part.name for wave in overopt.plan(overopt.Config(lm=str(runs / "lm"), **options)) for part in wave}
+
+    def kinds(some):
+        return {name.split("-")[0] for name in some}
+
+    assert kinds(names() - names(lr=1e-3)) == {"ppo"} and len(names() - names(lr=1e-3)) == 24
+    assert len(names() - names(steps=61)) == 6 and len(names() - names(beta_steps=41)) == 18
+    assert kinds(names() - names(best_prompts=32, best_answers=2048)) == {"samples", "best_of_n"}
+    assert names() == names(work="elsewhere", out="elsewhere.json", workers=3)
+
+
 def test_dpo_is_a_point_with_the_reward_models_proxy(runs, tmp_path, tiny, monkeypatch):
     """In place of DPO stands the PPO run of the fixture: its policy must come out as eval.json says."""
     dpo = pytest.importorskip("minirlhf.lab.dpo")
@@ -222,6 +244,11 @@ def test_failed_parts_are_named_and_the_others_kept(runs, tmp_path, cli, monkeyp
     assert text.count("minutes to go") == 3 and len(list(tmp_path.glob("w/*/part.json"))) == 2
 
 
+@pytest.fixture
+def no_training(monkeypatch):
+    monkeypatch.setattr(overopt, "run_all", lambda *args: pytest.fail("the input was taken"))
+
+
 @pytest.mark.parametrize("options, message", [
     ("--lm nowhere", "nowhere does not exist"),
     ("--out {tmp}/file/o.json", "--out {tmp}/file/o.json: cannot be written"),
@@ -234,7 +261,7 @@ def test_failed_parts_are_named_and_the_others_kept(runs, tmp_path, cli, monkeyp
     ("--betas 0,0.1", "--betas '0,0.1'"),
     ("--betas nan", "--betas 'nan'"),
 ])
-def test_bad_input_is_one_line(runs, tmp_path, cli, options, message):
+def test_bad_input_is_one_line(runs, tmp_path, cli, no_training, options, message):
     (tmp_path / "file").write_text("")
     files = {"lm": runs / "lm", "work": tmp_path / "work", "out": tmp_path / "o.json"}
     typed = " ".join(f"--{name} {path}" for name, path in files.items())
@@ -242,9 +269,9 @@ def test_bad_input_is_one_line(runs, tmp_path, cli, options, message):
     assert code == 2 and err.count("\n") == 1 and message.format(tmp=tmp_path) in err
 
 
-def test_a_language_model_of_other_text_has_no_gold(tmp_path, cli):
-    import train_lm
-    (tmp_path / "my.txt").write_text("\n\n".join(f"the quick brown fox number {i} jumps over a lazy dog" for i in range(200)))
+def test_a_language_model_of_other_text_has_no_gold(tmp_path, cli, no_training):
+    text = "\n\n".join(f"the quick brown fox number {i} jumps over a lazy dog" for i in range(200))
+    (tmp_path / "my.txt").write_text(text)
     run_stage(train_lm, f"{TINY[train_lm]} --max_steps 1 --data {tmp_path}/my.txt --out_dir {tmp_path}/lm", tiny=False)
     code, _, err = cli(overopt, f"--lm {tmp_path}/lm --work {tmp_path}/w --out {tmp_path}/o.json")
     assert code == 2 and err.count("\n") == 1 and "did not learn the built-in world" in err

@@ -50,7 +50,7 @@ class Config:
     betas: str = option("0.02,0.1,0.5", "β of PPO's other end points")
     steps: int = option(60, "rollouts of PPO with β = 0", low=2)
     beta_steps: int = option(40, "rollouts of PPO with another β", low=1)
-    lr: float = option(3e-4, "learning rate of PPO: the lower, the more points before gold's peak", low=0)
+    lr: float = option(2e-4, "learning rate of PPO: the lower, the more points before gold's peak", low=0)
     best_prompts: int = option(64, "prompts of best-of-n", low=2, high=480)
     best_answers: int = option(1024, "answers to each of them, N; n = 1, 2, 4 ... N", low=16)
     dpo: bool = option(True, "DPO on the same pairs, as a point")
@@ -221,18 +221,18 @@ def plan(config):
         return Part(kind, f"{kind}-{label}-{key}", options, cost)
 
     answers = config.best_prompts * config.best_answers
-    first, second = [part("samples", answers, answers / 900, prompts=config.best_prompts, answers=config.best_answers)], []
+    first, second = [part("samples", answers, answers / 1200, prompts=config.best_prompts, answers=config.best_answers)], []
     for pairs in numbers(config, "sizes", int):
         for seed in numbers(config, "seeds", int):
             label, same = f"{pairs}-s{seed}", {"rm_pairs": pairs, "seed": seed}
             first.append(part("rm", label, 4 + pairs / 250, **same))
             same["rm"] = first[-1].name
             for beta in [0.0] + numbers(config, "betas", float):
-                steps = config.beta_steps if beta else config.steps
+                steps, pace = (config.beta_steps, 1.4) if beta else (config.steps, 2.4)  # without a leash answers grow long
                 more = {"beta": beta, "steps": steps, "lr": config.lr}
-                second.append(part("ppo", f"{label}-b{beta:g}", 8 + 1.6 * steps, **same, **more))
+                second.append(part("ppo", f"{label}-b{beta:g}", 8 + pace * steps, **same, **more))
             second.append(part("best_of_n", label, answers / 1500, **same, samples=first[0].name))
-            second += [part("dpo", label, 16 + pairs / 250, **same, beta=DPO_BETA)] * config.dpo
+            second += [part("dpo", label, 10 + pairs / 350, **same, beta=DPO_BETA)] * config.dpo
     return [sorted(wave, key=lambda p: -p.cost) for wave in (first, second)]  # long ones first: no worker waits at the end
 
 
