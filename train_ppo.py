@@ -54,7 +54,7 @@ class Config:
     samples_per_prompt: int = option(1, "answers to each prompt of a rollout; rloo and grpo compare them", low=1)
     # reward
     kl_coef: float = option(0.05, "β, price of a nat of KL to the reference", low=0)
-    kl_start: float = option(0.0, "β starts here and falls to kl_coef over the first half of the run; 0: no such fall", low=0)
+    kl_start: float = option(0.0, "β starts here and falls to kl_coef over four fifths of the run; 0: it does not", low=0)
     kl_in: str = option("reward", "where the KL is paid: in each token's reward, or in the loss", choices=("reward", "loss"))
     kl_estimator: str = option("k2", "of the KL in the loss: k2 has KL(policy || reference)'s gradient, k3 the other "
                                "direction's", choices=("k2", "k3"))

@@ -2,7 +2,7 @@
 
 Each rule is a fault that PPO code is known for. It holds when every one of the last `rows` rollouts is ill. All limits
 stand in RULES. `findings` is a pure function of the rows; train_ppo.py prints each cause once, the first time it holds
-(a resumed run starts with no memory). Next: train_ppo.py.
+(a resumed run starts with no memory). Next: train_lm.py.
 """
 
 import math
@@ -30,8 +30,8 @@ RULES = {
     # Standard deviations. Sampling is always fp32; scoring in bfloat16 shifts a token's mean by 2e-4 nats, far too little.
     "sampling": Rule(("sampling_z",), 5.0, 1, lambda limit, z: abs(z) > limit,
                      "the samples do not come from the distribution they are scored with (sampling_z {sampling_z:+.1f}): "
-                     "top-k, top-p or a low temperature in sampling if negative, a high temperature or another policy's "
-                     "samples if positive; or the cached forward disagrees with the full one"),
+                     "top-k, top-p or a low temperature in sampling (negative), a high one (positive), samples of another "
+                     "policy, or a cached forward that disagrees with the full one"),
     # Standard errors; 1e-3 nats for rounding. Single rollouts may fall below by chance, k1 being skewed.
     "negative_kl": Rule(("kl", "kl_se"), 3.0, 3, lambda limit, kl, se: kl < -limit * se - 1e-3,
                         "the KL to the reference is {kl:.3g} ± {kl_se:.2g} nats, and no KL is negative: policy and "

@@ -67,6 +67,8 @@ KEYS = {
         "length": "mean tokens per answer, eos counted", "eos_rate": "share of answers that ended by themselves",
         "eval": "the figures of eval.json, at the cadence of --eval_every",
     },
+    "dpo": {"step": "optimizer steps so far", "seconds": "as above", "lr": "learning rate of this step",
+            "loss": "DPO loss of this step's batch, nats per pair"},
 }
 
 
@@ -143,7 +145,10 @@ def write_jsonl(path, rows):
     write_atomic(path, lambda temporary: temporary.write_text("".join(json.dumps(plain(row)) + "\n" for row in rows)))
 
 
-def load_checkpoint(run_dir, stages=("lm", "rm", "ppo")):
+LANGUAGE_MODELS = ("lm", "ppo", "dpo")  # the stages whose checkpoints hold one
+
+
+def load_checkpoint(run_dir, stages=("rm", *LANGUAGE_MODELS)):
     """The dict in run_dir/ckpt.pt, on the CPU; one line for each way in which it can be unusable."""
     path = Path(run_dir) / "ckpt.pt"
     if not path.is_file():
@@ -159,7 +164,8 @@ def load_checkpoint(run_dir, stages=("lm", "rm", "ppo")):
     if checkpoint["tokenizer"]["kind"] not in KINDS:
         raise UserError(f"{path}: its tokenizer is of the kind {checkpoint['tokenizer']['kind']!r}, unknown here")
     if checkpoint["stage"] not in stages:
-        kinds = {"lm": "a language model", "rm": "a reward model", "ppo": "a policy trained with PPO"}
+        kinds = {"lm": "a language model", "rm": "a reward model", "ppo": "a policy trained with PPO",
+                 "dpo": "a policy trained with DPO"}
         raise UserError(f"{path}: holds {kinds[checkpoint['stage']]}; needed: {' or '.join(kinds[s] for s in stages)}")
     return checkpoint
 
@@ -181,8 +187,8 @@ def refuse_inputs_in_out_dir(config, *options):
 
 
 def load_lm(run_dir, device):
-    """(GPT, tokenizer) of a language-model or PPO run."""
-    checkpoint = load_checkpoint(run_dir, ("lm", "ppo"))
+    """(GPT, tokenizer) of a language-model, PPO or DPO run."""
+    checkpoint = load_checkpoint(run_dir, LANGUAGE_MODELS)
     model = GPT(Shape(**checkpoint["shape"]))
     model.load_state_dict(checkpoint["model"])
     return model.to(device), load_tokenizer(checkpoint["tokenizer"])
@@ -198,7 +204,7 @@ def load_reward_model(run_dir, device):
 
 def lm_corpus(run_dir):
     """The text that a language model learned (data.Corpus)."""
-    config = load_checkpoint(run_dir, ("lm", "ppo"))["config"]
+    config = load_checkpoint(run_dir, LANGUAGE_MODELS)["config"]
     try:
         return read_corpus(config["data"]) if "data" in config else lm_corpus(config["lm"])
     except UserError as error:

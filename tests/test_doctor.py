@@ -101,15 +101,15 @@ def test_samples_from_another_distribution_are_named_at_the_first_step(ppo, monk
 
 
 def test_stale_samples_are_named(ppo, monkeypatch):
-    """Answers of the policy as it was at the start: too surprising for the policy of now, and their "KL" is negative."""
+    """Answers of the policy as it was at the start: they surprise the policy of now, and their "KL" is negative."""
     first = {}
 
     def stale(model, *args):
         return generate.generate(first.setdefault("model", train_ppo.copy.deepcopy(model)), *args)
 
     monkeypatch.setattr(train_ppo, "generate", stale)
-    said, rows = ppo(max_steps=6, lr=3e-3, batch_size=32, kl_coef=0.0)
-    assert {"sampling", "negative_kl"} == {cause for _, cause in said} and (1, "sampling") not in said
+    said, rows = ppo(max_steps=7, lr=1e-2, batch_size=64, minibatch_size=16, kl_coef=0.0)
+    assert sorted(cause for _, cause in said) == ["negative_kl", "sampling"] and min(said)[0] > 1
     assert rows[-1]["kl"] < 0
 
 
@@ -168,7 +168,7 @@ def test_the_loop_tells_the_doctor_its_dtype(ppo, monkeypatch, dtype, expected):
 def test_policy_and_reference_swapped_is_named(ppo, monkeypatch):
     right = losses.kl_estimates
     monkeypatch.setattr(losses, "kl_estimates", lambda logprobs, ref_logprobs: right(ref_logprobs, logprobs))
-    said, rows = ppo(max_steps=6, batch_size=32, lr=2e-3)
+    said, rows = ppo(max_steps=5, batch_size=64, lr=5e-3)
     assert said == [(4, "negative_kl")] and rows[0]["kl"] == 0  # steps 2 to 4
 
 
@@ -195,19 +195,13 @@ def test_answers_cut_at_the_cap_are_named(ppo):
     assert said == [(3, "cut")] and 0 < rows[0]["eos_rate"] < 0.5
 
 
-VALUES = dict(max_steps=40, batch_size=32, minibatch_size=16, kl_coef=1.0, lr=2e-3, vf_coef=1.0, value_clip=100.0)
-
-
-def test_returns_of_the_wrong_sign_are_named(ppo, monkeypatch):
-    right = losses.value_loss
-    monkeypatch.setattr(losses, "value_loss", lambda new, old, returns, clip: right(new, old, -returns, clip))
-    said, rows = ppo(very, **VALUES)
-    assert [cause for _, cause in said] == ["value"] and said[0][0] > 20
-
-
-def test_the_same_run_with_the_right_returns_is_healthy(ppo):
-    said, rows = ppo(very, **VALUES)
-    assert said == [] and rows[-1]["explained_variance"] > 0
+@pytest.mark.parametrize("std, expected", [(1.0, [(20, "value")]), (0.0, [])])
+def test_a_value_head_that_guesses_and_never_learns_is_named(ppo, monkeypatch, std, expected):
+    """Its loss forgotten, and not begun at 0. Begun at 0 it stays a constant, which explains 0 and is no worse."""
+    right = train_ppo.ScalarHead
+    monkeypatch.setattr(train_ppo, "ScalarHead", lambda n_embd, **_: right(n_embd, std=std))
+    said, rows = ppo(very, max_steps=22, vf_coef=0.0, lam=1.0, lr=1e-4)
+    assert said == expected and len(rows) == 22
 
 
 def test_a_policy_without_chance_is_named(ppo):
@@ -229,7 +223,7 @@ def test_a_leash_that_pushes_is_named(ppo, monkeypatch):
     """The KL's minus forgotten: leaving the reference is what pays."""
     right = losses.shaped_rewards
     monkeypatch.setattr(losses, "shaped_rewards", lambda *args: right(*args[:-1], -args[-1]))
-    said, rows = ppo(kl_coef=1.0, lr=1e-2, max_steps=14)
+    said, rows = ppo(kl_coef=1.0, lr=5e-3, batch_size=64, minibatch_size=16, max_steps=18, max_new_tokens=48)
     assert "far" in {cause for _, cause in said} <= {"far", "cut", "no_eos"} and rows[-1]["kl"] > 100
 
 
@@ -248,7 +242,7 @@ def test_a_pinned_clip_is_named(ppo):
 def test_healthy_runs_are_silent(ppo, options, seed):
     said, rows = ppo(max_steps=8, seed=seed, **options)
     assert said == [] and len(rows) == 8
-    assert all(abs(row["sampling_z"]) < 4 and row["kl_se"] >= 0 and row["score_std"] > 0 for row in rows)
+    assert all(abs(row["sampling_z"]) < 5 and row["kl_se"] >= 0 and row["score_std"] > 0 for row in rows)
 
 
 @pytest.mark.parametrize("options", [dict(dtype="bfloat16"), dict(temperature=0.7), dict(kl_in="loss"), dict(value="rm")],
@@ -265,16 +259,23 @@ def test_one_answer_a_rollout_has_no_spread(ppo):
 
 
 def test_logged_spreads_are_those_of_the_answers(ppo, monkeypatch):
-    """kl_se and score_std, recomputed from what the loop itself passes to shaped_rewards."""
-    seen, right = [], losses.shaped_rewards
+    """kl_se and score_std, recomputed from what the loop itself passes to shaped_rewards; sampling_z gets its log-probs."""
+    seen, judged, right, sampling_z = [], [], losses.shaped_rewards, losses.sampling_z
 
     def spy(scores, logprobs, ref_logprobs, mask, kl_coef):
-        seen.append((scores.numpy().copy(), [float((a - b)[m].sum()) for a, b, m in zip(logprobs, ref_logprobs, mask)]))
+        kls = [float((a - b)[m].sum()) for a, b, m in zip(logprobs, ref_logprobs, mask)]
+        seen.append((scores.numpy().copy(), kls, logprobs))
         return right(scores, logprobs, ref_logprobs, mask, kl_coef)
 
+    def second_spy(logprobs, entropy, variance, mask):
+        judged.append((logprobs, sampling_z(logprobs, entropy, variance, mask)))
+        return judged[-1][1]
+
     monkeypatch.setattr(losses, "shaped_rewards", spy)
+    monkeypatch.setattr(losses, "sampling_z", second_spy)
     _, rows = ppo(max_steps=3, missing_eos_penalty=0.0, lr=2e-3)
-    for row, (scores, kls) in zip(rows, seen, strict=True):
+    for row, (scores, kls, logprobs), (judged_logprobs, z) in zip(rows, seen, judged, strict=True):
+        assert judged_logprobs is logprobs and row["sampling_z"] == z.item()
         assert row["score_std"] == pytest.approx(np.std(scores), rel=1e-4)
         assert row["kl_se"] == pytest.approx(np.std(kls, ddof=1) / math.sqrt(len(kls)), rel=1e-3, abs=1e-6)
     assert rows[-1]["kl_se"] > 0

@@ -12,17 +12,18 @@ import train_ppo
 import train_rm
 from conftest import ROOT
 from minirlhf import generate
+from minirlhf.lab import exact
 
 README = (ROOT / "README.md").read_text()
 CONFIGS = {"train_lm.py": train_lm.Config, "train_rm.py": train_rm.Config, "train_ppo.py": train_ppo.Config,
-           "minirlhf.generate": generate.Config}
+           "minirlhf.generate": generate.Config, "minirlhf.lab.exact": exact.Config}
 
 
 def commands():
     """(script, options) of every command in the README's shell blocks."""
     for block in re.findall(r"```bash\n(.*?)```", README, re.S):
         for part in re.split(r"&&|\n", block):
-            match = re.search(r"python (?:-m )?(train_\w+\.py|minirlhf\.generate)([^#]*)", part)
+            match = re.search(r"python (?:-m )?(train_\w+\.py|minirlhf\.[\w.]+)([^#]*)", part)
             if match:
                 yield match[1], re.findall(r"--(\w[\w-]*)", match[2])
 

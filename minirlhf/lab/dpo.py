@@ -41,7 +41,7 @@ def train(config, policy, pairs, tokenizer):
     batches = [torch.tensor([texts.of_pair(pair) for pair in batch]) for batch in batches]  # (N, 2): chosen, rejected
     lengths = torch.tensor([min(len(tokenizer.encode(answer)) + done, room - min(len(tokenizer.encode(prompt)), room // 2))
                             for prompt, answer, done in texts.index])  # of the answers, as data.encode_answer cuts them
-    run = Run("ppo", config, policy.head_weight.device)  # the kind of run that holds a policy
+    run = Run("dpo", config, policy.head_weight.device)
     optimizer = torch.optim.Adam(policy.parameters(), lr=config.lr, eps=1e-5, fused=True)
     for step, batch in enumerate(tqdm(batches, desc="dpo", mininterval=0.5)):
         optimizer.param_groups[0]["lr"] = lr = learning_rate(config.lr, step, len(batches))
@@ -57,7 +57,7 @@ def train(config, policy, pairs, tokenizer):
             raise UserError(f"loss {loss.item()}, gradient {norm.item()} at step {step}: the run stopped; lower --lr")
         optimizer.step()
         optimizer.zero_grad()
-        run.log(step=step + 1, lr=lr, kl_coef=config.beta, policy_loss=loss.item())
+        run.log(step=step + 1, lr=lr, loss=loss.item())
     run.save(len(batches), policy.shape, tokenizer, [optimizer], model=policy.state_dict())
     return policy
 

@@ -39,7 +39,8 @@ WORLDS = {"small": (3, 5), "hard": (6, 4)}  # symbols, longest answer in tokens
 BEST_OF = (2, 4, 16, 64, 256, 1024)
 
 # One set of options for every row.
-PPO = dict(max_steps=80, batch_size=2048, minibatch_size=512, ppo_epochs=4, lr=2e-3, lam=1.0, missing_eos_penalty=0.0)
+PPO = dict(max_steps=60, batch_size=4096, minibatch_size=256, ppo_epochs=4, lr=1e-3, muon_lr=5e-3, lam=0.8, vf_coef=0.5,
+           value_clip=1.0, kl_start=1.0, missing_eos_penalty=0.0)
 
 
 @dataclass
@@ -113,7 +114,7 @@ class World:
         V = self.tokenizer.vocab_size
         documents = []
         for prompt in self.prompts + self.held_out:
-            steps = rng.dirichlet([20.0] * (V - 1) + [10.0], size=V)  # (V, V): row = the token before; the last row begins
+            steps = rng.dirichlet([60.0] * (V - 1) + [30.0], size=V)  # (V, V): row = the token before; the last row begins
             for _ in range(size // 4):
                 ids, last = [], V - 1
                 while len(ids) < self.longest and (last := rng.choice(V, p=steps[last])) != V - 1:
