@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+import train_ppo
 from minirlhf import data, generate, losses
 from minirlhf.config import UserError
 from minirlhf.lab import dpo
@@ -195,8 +196,8 @@ def test_run_has_the_figures_of_ppo(trained, runs):
 
 def test_run_learns_from_its_pairs(trained):
     rows = rows_of(trained / "metrics.jsonl")
-    assert rows[0]["policy_loss"] == pytest.approx(math.log(2), abs=1e-5)
-    assert sum(row["policy_loss"] for row in rows[-4:]) / 4 < math.log(2) - 0.05
+    assert rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert sum(row["loss"] for row in rows[-4:]) / 4 < math.log(2) - 0.05
     assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
 
 
@@ -209,6 +210,11 @@ def test_held_out_prompts_are_not_trained_on(runs, tmp_path, monkeypatch, cli):
     assert code == 0, err
     *pairs, prompts = seen
     assert len(prompts) == 1024 and pairs and not {pair.prompt for pair in pairs} & set(prompts)
+
+
+def test_ppo_does_not_resume_a_run_of_dpo(trained, cli):
+    code, _, err = cli(train_ppo, f"--resume --out_dir {trained}")
+    assert code == 2 and "holds a policy trained with DPO" in err and err.count("\n") == 1
 
 
 def test_generate_talks_to_the_policy(trained, runs, cli):

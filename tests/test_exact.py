@@ -122,17 +122,27 @@ def test_symbols_round_trip():
     assert exact.Symbols.from_state(symbols.state()).state() == symbols.state()
 
 
-def test_ppo_closes_nine_tenths_of_the_gap_in_the_small_world(tmp_path):
-    """The whole of train_lm.train and train_ppo.train, against the closed form."""
-    world = exact.World("small", *exact.WORLDS["small"])
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    """(world of 40 answers, folder of its language model)."""
+    world, folder = exact.World("toy", 3, 3), tmp_path_factory.mktemp("toy")
     with exact.silence():
-        exact.train_reference(world, tmp_path)
-    options = dict(max_steps=24, batch_size=1024, minibatch_size=256, ppo_epochs=2, muon_lr=0.02, lr=1e-3, kl_start=0.0)
-    row = exact.run_row(world, tmp_path, "gae", 0.5, 1, options)
+        exact.train_reference(world, folder)
+    return world, folder
+
+
+@pytest.mark.parametrize("variant, beta", [("gae", 0.3)] + [(variant, 1.0) for variant in exact.VARIANTS])
+def test_train_ppo_reaches_the_optimum_that_theory_names(toy, variant, beta):
+    """train_ppo.train itself, every way of it, against the closed form; nine tenths of the gap and more."""
+    world, folder = toy
+    options = dict(max_steps=30, batch_size=1024, minibatch_size=128, ppo_epochs=2)
+    row = exact.run_row(world, folder, variant, beta, 1, options)
     assert row["gap_closed"] >= 0.9
-    assert abs(row["j_optimal"] - row["j_policy"] - 0.5 * row["kl_optimal"]) < 1e-6
-    assert row["logged_k1"] == pytest.approx(row["kl_reference"], abs=0.3)
-    assert load_lm(str(tmp_path / "lm"), "cpu")[1].state() == {"kind": "symbols", "n": 3}
+    assert row["kl_optimal"] < 0.1
+    if exact.VARIANTS[variant][1] == "π*":
+        assert abs(row["j_optimal"] - row["j_policy"] - beta * row["kl_optimal"]) < 1e-6
+    assert row["logged_k1"] == pytest.approx(row["kl_reference"], abs=0.2)
+    assert load_lm(str(folder / "lm"), "cpu")[1].state() == {"kind": "symbols", "n": 3}
 
 
 @pytest.mark.parametrize("arguments, words", [
