@@ -39,7 +39,7 @@ WORLDS = {"small": (3, 5), "hard": (6, 4)}  # symbols, longest answer in tokens
 BEST_OF = (2, 4, 16, 64, 256, 1024)
 
 # One set of options for every row.
-PPO = dict(max_steps=48, batch_size=8192, minibatch_size=256, ppo_epochs=2, lr=1e-3, muon_lr=5e-3, vf_coef=0.5, value_clip=1.0,
+PPO = dict(max_steps=42, batch_size=8192, minibatch_size=256, ppo_epochs=2, lr=1e-3, muon_lr=5e-3, vf_coef=0.5, value_clip=1.0,
            kl_start=1.0, missing_eos_penalty=0.0)
 
 
@@ -233,7 +233,10 @@ VARIANTS = {  # options, and the optimum that theory names
     "grpo": (dict(advantage="grpo", kl_in="loss", **GROUP), "grpo"),
     "grpo-std": (dict(advantage="grpo", grpo_std=False, kl_in="loss", **GROUP), "π*"),
     "gae+stop_kl": (dict(stop_kl=0.02), "π*"),
+    "dpo": (None, "π*"),  # minirlhf/lab/dpo.py, on preferences between answers of the reference
 }
+DPO = dict(lr=2e-3, batch_size=512, epochs=2)
+DPO_PAIRS = 40_000  # to each prompt
 
 
 def train_reference(world, folder):
@@ -241,6 +244,19 @@ def train_reference(world, folder):
     config = train_lm.Config(out_dir=str(folder / "lm"), n_layer=1, n_head=4, n_embd=64, block_size=1 + len(world.prompts[0]) + world.longest,
                              batch_size=64, max_steps=300, eval_every=300, save_every=300, device="cpu")
     train_lm.train(config, world.corpus(), world.tokenizer)
+
+
+def preference_pairs(world, reference, seed):
+    """Pairs of answers drawn from the reference; a is preferred with probability σ(r_a - r_b) (Bradley and Terry 1952)."""
+    rng, pairs = np.random.default_rng(seed), []
+    for prompt, logprobs, rewards in zip(world.prompts, reference, world.rewards.numpy()):
+        two = rng.choice(len(rewards), (DPO_PAIRS, 2), p=logprobs.softmax(0).numpy())  # (pairs, 2)
+        first_wins = rng.random(DPO_PAIRS) < 1 / (1 + np.exp(rewards[two[:, 1]] - rewards[two[:, 0]]))
+        for a, b in np.where(first_wins[:, None], two, two[:, ::-1]):
+            if a != b:
+                texts = (world.tokenizer.decode(world.answers[i]) for i in (a, b))
+                pairs.append(data.Pair(prompt, *texts, finished=tuple(world.answers[i][-1] == world.tokenizer.eos for i in (a, b))))
+    return pairs
 
 
 def run_row(world, folder, variant, beta, seed, options):
@@ -251,14 +267,21 @@ def run_row(world, folder, variant, beta, seed, options):
     prompts = folder / "prompts.txt"
     prompts.write_text("\n".join(world.prompts + world.held_out) + "\n")
     chosen, goal = VARIANTS[variant]
-    config = train_ppo.Config(**{**PPO, **chosen, **options}, kl_coef=beta, seed=seed, reward="exact:reward",
-                              max_new_tokens=world.longest, lm=str(folder / "lm"), out_dir=str(out_dir),
-                              prompts=str(prompts), eval_answers=2, device="cpu", save_every=10**6, sample_every=10**6)
-    policy, _ = load_lm(config.lm, "cpu")
+    policy, _ = load_lm(str(folder / "lm"), "cpu")
     reference = enumerate_policy(policy, world)
-    with silence():
-        policy, _ = train_ppo.train(config, policy, None, world.tokenizer, world.reward)
-    logged = json.loads((out_dir / "metrics.jsonl").read_text().splitlines()[-1])
+    shared = dict(seed=seed, lm=str(folder / "lm"), out_dir=str(out_dir), device="cpu")
+    if variant == "dpo":
+        from minirlhf.lab import dpo  # here: the rest works without that file
+        with silence():
+            dpo.train(dpo.Config(beta=beta, **DPO, **shared), policy, preference_pairs(world, reference, seed), world.tokenizer)
+        logged = {"kl": math.nan, "kl_k3": math.nan}
+    else:
+        config = train_ppo.Config(**{**PPO, **chosen, **options}, **shared, kl_coef=beta, reward="exact:reward",
+                                  max_new_tokens=world.longest, prompts=str(prompts), eval_answers=2,
+                                  save_every=10**6, sample_every=10**6)
+        with silence():
+            train_ppo.train(config, policy, None, world.tokenizer, world.reward)
+        logged = json.loads((out_dir / "metrics.jsonl").read_text().splitlines()[-1])
     row = {"world": world.name, "advantage": variant, "beta": beta, "seed": seed}
     row |= measure(enumerate_policy(policy, world), reference, world.rewards, beta, goal)
     return row | {"logged_k1": logged["kl"], "logged_k3": logged["kl_k3"], "seconds": time.time() - clock}
@@ -366,7 +389,7 @@ def main():
             for future in as_completed([pool.submit(run_row, *job) for job in jobs]):
                 rows.append(future.result())
                 print_row(rows[-1])
-                left = (time.time() - clock) / len(rows) * (len(jobs) - len(rows))
+                left = (time.time() - clock) / max(len(rows), workers) * (len(jobs) - len(rows))
                 print(f"{len(rows)} of {len(jobs)}, about {left / 60:.0f} min left", end="\r", file=sys.stderr)
     rows.sort(key=lambda row: (row["world"], row["advantage"], row["beta"], row["seed"]))
     print("\nkl_optimal, mean and largest: KL(policy || optimum)")
