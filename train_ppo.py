@@ -301,14 +301,13 @@ def train(config, policy, reward_model, tokenizer, reward_fn=None):
     if config.compile:
         forward = torch.compile(policy, dynamic=True)
         value_forward = value_trunk and torch.compile(value_trunk, dynamic=True)
-    parameters = [*policy.parameters(), *value_head.parameters(), *(value_trunk.parameters() if value_trunk else [])]
-    trunks = [policy] + ([value_trunk] if value_trunk else [])
-    matrices = [p for trunk in trunks for p in trunk.blocks.parameters() if p.dim() == 2] if config.muon_lr else []
-    taken = {id(p) for p in matrices}
-    optimizers = [(torch.optim.Adam([p for p in parameters if id(p) not in taken], lr=config.lr, eps=1e-5, fused=True),
-                   config.lr)]
+    trained = nn.ModuleList([policy, value_head] if value_trunk is None else [policy, value_head, value_trunk])
+    matrices, others = [], []
+    for name, parameter in trained.named_parameters():
+        (matrices if config.muon_lr and ".blocks." in name and parameter.dim() == 2 else others).append(parameter)
+    optimizers = [torch.optim.Adam(others, lr=config.lr, eps=1e-5, fused=True)]
     if matrices:
-        optimizers.append((torch.optim.Muon(matrices, lr=config.muon_lr, weight_decay=0.0), config.muon_lr))
+        optimizers.append(torch.optim.Muon(matrices, lr=config.muon_lr, weight_decay=0.0))
     if config.ptx_coef:
         windows = data.Windows(lm_corpus(config.lm), tokenizer, policy.shape.block_size)
     print(f"{len(train_prompts)} prompts to train on, {len(set(held_out))} held out, reward {config.reward}, {device}")
@@ -321,11 +320,11 @@ def train(config, policy, reward_model, tokenizer, reward_fn=None):
             return reward_model.score(rollout.ids, rollout.last, rollout.start)
 
     def save(step):
-        run.save(step, policy.shape, tokenizer, [optimizer for optimizer, _ in optimizers], model=policy.state_dict(),
-                 value_head=value_head.state_dict(), value_trunk=value_trunk and value_trunk.state_dict(), kl_coef=kl_coef)
+        run.save(step, policy.shape, tokenizer, optimizers, model=policy.state_dict(), value_head=value_head.state_dict(),
+                 value_trunk=value_trunk and value_trunk.state_dict(), kl_coef=kl_coef)
 
     # ---- loop ----
-    first = run.restore([optimizer for optimizer, _ in optimizers])
+    first = run.restore(optimizers)
     if config.explain:  # one step, wherever the checkpoint stands
         first = min(first, config.max_steps - 1)
     elif first == 0:
@@ -335,8 +334,8 @@ def train(config, policy, reward_model, tokenizer, reward_fn=None):
     doctor = Doctor(config.dtype)
     bar = tqdm(range(first, config.max_steps), initial=first, total=config.max_steps, desc="ppo", mininterval=0.5)
     for step in bar:
-        for optimizer, lr in optimizers:
-            optimizer.param_groups[0]["lr"] = learning_rate(lr, step, config.max_steps)
+        for optimizer in optimizers:
+            optimizer.param_groups[0]["lr"] = learning_rate(optimizer.defaults["lr"], step, config.max_steps)
         if config.kl_start:
             kl_coef = losses.annealed_kl_coef(config.kl_start, config.kl_coef, step / config.max_steps)
 
@@ -427,9 +426,9 @@ def train(config, policy, reward_model, tokenizer, reward_fn=None):
                         logits = forward(inputs.to(device)) @ policy.head_weight.T
                     loss = loss + config.ptx_coef * cross_entropy(logits.float(), targets.to(device))
                 loss.backward()
-                norm = torch.nn.utils.clip_grad_norm_(parameters, config.grad_clip)
+                norm = nn.utils.clip_grad_norm_(trained.parameters(), config.grad_clip)
                 run.check_finite(step, loss=loss.item(), gradient=norm.item())
-                for optimizer, _ in optimizers:
+                for optimizer in optimizers:
                     optimizer.step()
                     optimizer.zero_grad()
                 with torch.no_grad():
@@ -454,9 +453,9 @@ def train(config, policy, reward_model, tokenizer, reward_fn=None):
             explained_variance = 1 - unexplained.item()
         kl = k1.sum(1).mean().item()
         row = {
-            "step": done, "episodes": done * config.batch_size, "lr": optimizers[0][0].param_groups[0]["lr"],
-            "score": scores.mean().item(),
-            "reward": (scores - penalties).mean().item() - kl_coef * kl, "kl": kl, "kl_k3": k3.sum(1).mean().item(), "kl_coef": kl_coef,
+            "step": done, "episodes": done * config.batch_size, "lr": optimizers[0].param_groups[0]["lr"],
+            "score": scores.mean().item(), "reward": (scores - penalties).mean().item() - kl_coef * kl,
+            "kl": kl, "kl_k3": k3.sum(1).mean().item(), "kl_coef": kl_coef,
             "entropy": losses.masked_mean(entropy, mask).item(), "ratio_first": ratio_first, "approx_kl": approx_kl,
             "clip_frac": clip_frac, "policy_loss": policy_loss, "value_loss": value_loss,
             "explained_variance": explained_variance, "length": mask.sum(1).float().mean().item(),
