@@ -66,7 +66,7 @@ class Config:
                             choices=("gae", "reinforce", "rloo", "grpo"))
     grpo_std: bool = option(True, "grpo: divide by the group's standard deviation")
     ppo_epochs: int = option(2, "passes over each rollout", low=1)
-    stop_kl: float = option(math.inf, "end a rollout's epochs once one of them moved the policy this far, nats per token", low=0)
+    stop_kl: float = option(math.inf, "end a rollout's epochs once one moved the policy this far, nats per token", low=0)
     minibatch_size: int = option(64, "answers per optimizer step", low=1)
     lr: float = option(6e-4, "learning rate of Adam, falling linearly to 0", low=0)
     muon_lr: float = option(0.0, "learning rate of Muon for the blocks' matrices; 0: Adam for them too", low=0)
@@ -243,11 +243,11 @@ def check_options(config):
     if config.kl_target and config.kl_start:
         raise UserError("--kl_target and --kl_start both steer β; leave one of them out")
     if config.kl_start and not config.kl_coef:
-        raise UserError("--kl_start falls by a constant factor a step and never reaches --kl_coef 0; name a small one, 0.001")
+        raise UserError("--kl_start falls by a constant factor a step and never reaches --kl_coef 0; name a small one")
     if config.value != "shared" and config.advantage != "gae":
-        raise UserError(f"--value {config.value} is for --advantage gae; --advantage {config.advantage} has no value function")
+        raise UserError(f"--value {config.value} is for --advantage gae; {config.advantage} has no value function")
     if config.value == "rm" and config.reward != "rm":
-        raise UserError(f"--value rm starts from the reward model, which --reward {config.reward} does not read; use --value lm")
+        raise UserError(f"--value rm needs the reward model, which --reward {config.reward} does not read; use --value lm")
     if config.stop_kl == 0:
         raise UserError("--stop_kl 0 would end every rollout's update at once; name a KL such as 0.02, or leave it out")
 
@@ -481,7 +481,8 @@ def train(config, policy, reward_model, tokenizer, reward_fn=None):
             tokens = display_tokens(tokenizer, rollout.answers[0, :n].tolist())
             numbers = {key: x[0, :n].tolist() for key, x in numbers.items()}
             bar.close()
-            print_explanation(tokens, batch_prompts[0], scores[0].item(), bool(rollout.finished[0]), config, kl_coef, numbers)
+            finished = bool(rollout.finished[0])
+            print_explanation(tokens, batch_prompts[0], scores[0].item(), finished, config, kl_coef, numbers)
             return policy, value_head
         if show:
             per_token = {"logprobs": old_logprobs, "ref_logprobs": ref_logprobs, "values": old_values,

@@ -16,6 +16,7 @@ import json
 import math
 import multiprocessing
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -35,12 +36,13 @@ from minirlhf.run import load_lm, write_json
 
 REWARD_SEED = 2026  # the worlds never change
 MOST_OUTCOMES = 100_000
-WORLDS = {"small": (3, 5), "hard": (6, 4)}  # symbols, longest answer in tokens
+WORLDS = {"small": (3, 5, 20.0), "hard": (6, 4, 60.0)}  # symbols, longest answer in tokens, evenness of the reference
 BEST_OF = (2, 4, 16, 64, 256, 1024)
 
 # One set of options for every row.
-PPO = dict(max_steps=42, batch_size=8192, minibatch_size=256, ppo_epochs=2, lr=1e-3, muon_lr=5e-3, vf_coef=0.5, value_clip=1.0,
-           kl_start=1.0, missing_eos_penalty=0.0)
+PPO = dict(max_steps=48, batch_size=8192, minibatch_size=256, ppo_epochs=2, lr=1e-3, muon_lr=5e-3, vf_coef=0.5,
+           value_clip=1.0, kl_start=1.0, missing_eos_penalty=0.0)
+QUICK = dict(max_steps=28, batch_size=2048, ppo_epochs=4, muon_lr=0.03)
 
 
 @dataclass
@@ -52,7 +54,7 @@ class Config:
     symbols: int = option(0, "a world of your own instead: symbols beside eos, 3 to 26; 0: none", low=0, high=26)
     max_tokens: int = option(4, "longest answer of a world of your own", low=1)
     out: str = option("runs/exact.json", "file to write the rows to")
-    quick: bool = option(False, "one row: the small world, β 0.3, seed 1")
+    quick: bool = option(False, "one row: the small world, β 1, seed 1, fewer and smaller rollouts")
     ppo: str = option("", "other options of PPO for every row, as in 'max_steps=40 lr=0.001'")
 
 
@@ -83,15 +85,16 @@ class World:
     """prompts: four to train on, and one that the scripts hold out; answers: every text that can be sampled, as ids.
 
     Answers are as long as `longest` tokens; one that reaches it without eos is an outcome of its own.
-    rewards: float64 (4, N), independent N(0, 1) draws.
+    rewards: float64 (4, N), independent N(0, 1) draws. evenness: the higher, the more alike the reference's answers are
+    in probability.
     """
 
-    def __init__(self, name, symbols, longest):
+    def __init__(self, name, symbols, longest, evenness=60.0):
         count = sum(symbols**k for k in range(longest)) + symbols**longest
         if count > MOST_OUTCOMES:
             raise UserError(f"a world of {symbols} symbols and answers up to {longest} tokens has {count:,} answers to each "
                             f"prompt, too many to enumerate (at most {MOST_OUTCOMES:,}); lower --symbols or --max_tokens")
-        self.name, self.longest, self.tokenizer = name, longest, Symbols(symbols)
+        self.name, self.longest, self.evenness, self.tokenizer = name, longest, evenness, Symbols(symbols)
         letters = range(symbols)
         self.answers = [(*ids, symbols) for k in range(longest) for ids in itertools.product(letters, repeat=k)]
         self.answers += list(itertools.product(letters, repeat=longest))
@@ -114,7 +117,8 @@ class World:
         V = self.tokenizer.vocab_size
         documents = []
         for prompt in self.prompts + self.held_out:
-            steps = rng.dirichlet([60.0] * (V - 1) + [30.0], size=V)  # (V, V): row = the token before; the last row begins
+            alpha = [self.evenness] * (V - 1) + [self.evenness / 2]  # of the letters, and of eos
+            steps = rng.dirichlet(alpha, size=V)  # (V, V): row = the token before; the last row begins
             for _ in range(size // 4):
                 ids, last = [], V - 1
                 while len(ids) < self.longest and (last := rng.choice(V, p=steps[last])) != V - 1:
@@ -187,7 +191,10 @@ def self_consistent(reference, rewards, beta, rounds=200):
 
 
 def reverse_optimum(reference, rewards, beta):
-    """log π that maximises E[r] - β KL(π_ref || π): π = β π_ref / (λ - r), λ above every r such that π sums to 1 (bisection)."""
+    """log π that maximises E[r] - β KL(π_ref || π): π = β π_ref / (λ - r), where λ above every r is such that π sums to 1.
+
+    λ by bisection.
+    """
     low = rewards.max(1, keepdim=True).values
     high = low + beta
     for _ in range(200):
@@ -241,9 +248,11 @@ DPO_PAIRS = 40_000  # to each prompt
 
 def train_reference(world, folder):
     """The language model of a world, trained by train_lm.train, in folder/lm."""
-    config = train_lm.Config(out_dir=str(folder / "lm"), n_layer=1, n_head=4, n_embd=64, block_size=1 + len(world.prompts[0]) + world.longest,
-                             batch_size=64, max_steps=300, eval_every=300, save_every=300, device="cpu")
-    train_lm.train(config, world.corpus(), world.tokenizer)
+    config = train_lm.Config(out_dir=str(folder / "lm"), n_layer=1, n_head=4, n_embd=64, batch_size=64, max_steps=300,
+                             block_size=1 + len(world.prompts[0]) + world.longest, eval_every=300, save_every=300,
+                             device="cpu")
+    with silence():
+        train_lm.train(config, world.corpus(), world.tokenizer)
 
 
 def preference_pairs(world, reference, seed):
@@ -254,15 +263,16 @@ def preference_pairs(world, reference, seed):
         first_wins = rng.random(DPO_PAIRS) < 1 / (1 + np.exp(rewards[two[:, 1]] - rewards[two[:, 0]]))
         for a, b in np.where(first_wins[:, None], two, two[:, ::-1]):
             if a != b:
-                texts = (world.tokenizer.decode(world.answers[i]) for i in (a, b))
-                pairs.append(data.Pair(prompt, *texts, finished=tuple(world.answers[i][-1] == world.tokenizer.eos for i in (a, b))))
+                chosen, rejected = world.answers[a], world.answers[b]
+                finished = (chosen[-1] == world.tokenizer.eos, rejected[-1] == world.tokenizer.eos)
+                texts = world.tokenizer.decode(chosen), world.tokenizer.decode(rejected)
+                pairs.append(data.Pair(prompt, *texts, finished=finished))
     return pairs
 
 
 def run_row(world, folder, variant, beta, seed, options):
     """Train with train_ppo.train, then compute everything about the policy by enumeration."""
     clock = time.time()
-    torch.set_num_threads(1)
     out_dir = folder / f"{variant} {beta} {seed}"
     prompts = folder / "prompts.txt"
     prompts.write_text("\n".join(world.prompts + world.held_out) + "\n")
@@ -273,7 +283,8 @@ def run_row(world, folder, variant, beta, seed, options):
     if variant == "dpo":
         from minirlhf.lab import dpo  # here: the rest works without that file
         with silence():
-            dpo.train(dpo.Config(beta=beta, **DPO, **shared), policy, preference_pairs(world, reference, seed), world.tokenizer)
+            pairs = preference_pairs(world, reference, seed)
+            dpo.train(dpo.Config(beta=beta, **DPO, **shared), policy, pairs, world.tokenizer)
         logged = {"kl": math.nan, "kl_k3": math.nan}
     else:
         config = train_ppo.Config(**{**PPO, **chosen, **options}, **shared, kl_coef=beta, reward="exact:reward",
@@ -285,6 +296,12 @@ def run_row(world, folder, variant, beta, seed, options):
     row = {"world": world.name, "advantage": variant, "beta": beta, "seed": seed}
     row |= measure(enumerate_policy(policy, world), reference, world.rewards, beta, goal)
     return row | {"logged_k1": logged["kl"], "logged_k3": logged["kl_k3"], "seconds": time.time() - clock}
+
+
+def start_worker():
+    """One thread: so small a network gains nothing from more. Ctrl-C is for the loop that runs, not for a waiting worker."""
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 @contextlib.contextmanager
@@ -312,7 +329,7 @@ def print_row(row=None):
 
 
 def best_of_n_rows(world, reference):
-    """Exact reward and KL of best-of-n from the reference, beside the usual formula, an upper bound (Beirami et al. 2024)."""
+    """Exact reward and KL of best-of-n from the reference; beside it the usual formula, an upper bound (Beirami et al. 2024)."""
     rows = []
     for n in BEST_OF:
         policy = best_of_n(reference, world.rewards, n)
@@ -355,10 +372,10 @@ def listed(config, name, kind, choices=None):
 def main():
     config = parse(Config, __doc__)
     if config.quick:
-        config.worlds, config.betas, config.seeds = "small", "0.3", "1"
+        config.worlds, config.betas, config.seeds = "small", "1.0", "1"
     betas, seeds = listed(config, "betas", float), listed(config, "seeds", int)
     variants = list(VARIANTS) if config.variants == "all" else listed(config, "variants", str, VARIANTS)
-    options = options_of(config.ppo)
+    options = (QUICK if config.quick else {}) | options_of(config.ppo)
     if config.symbols:
         if config.symbols < 3:
             raise UserError(f"--symbols {config.symbols}: four prompts need 3 or more")
@@ -372,26 +389,30 @@ def main():
         raise UserError(f"--out {config.out}: cannot be written ({error.strerror})") from None
 
     clock, rows, best_rows = time.time(), [], []
-    with tempfile.TemporaryDirectory() as temporary:
-        jobs = []
+    jobs = list(itertools.product(worlds, variants, betas, seeds))
+    workers = min(len(jobs), os.cpu_count() or 1)
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start_worker)
+    with tempfile.TemporaryDirectory() as temporary, contextlib.ExitStack() as leave:
+        leave.callback(pool.shutdown, cancel_futures=True)
+        folders = {world.name: Path(temporary) / world.name for world in worlds}
+        for trained in [pool.submit(train_reference, world, folders[world.name]) for world in worlds]:
+            trained.result()
         for world in worlds:
-            folder = Path(temporary) / world.name
-            with silence():
-                train_reference(world, folder)
-            best_rows += best_of_n_rows(world, enumerate_policy(load_lm(str(folder / "lm"), "cpu")[0], world))
-            jobs += [(world, folder, variant, beta, seed, options) for variant in variants for beta in betas for seed in seeds]
-            print(f"{world.name}: {world.tokenizer.n} symbols + eos, answers up to {world.longest} tokens: {len(world.answers):,} "
-                  f"answers to each of the prompts {' '.join(world.prompts)}; rewards N(0, 1), seed {REWARD_SEED}")
-        workers = min(len(jobs), os.cpu_count() or 1)  # one thread each: so small a network gains nothing from more
+            print(f"{world.name}: {world.tokenizer.n} symbols + eos, answers up to {world.longest} tokens: "
+                  f"{len(world.answers):,} answers to each of the prompts {' '.join(world.prompts)}; "
+                  f"rewards N(0, 1), seed {REWARD_SEED}")
+            reference, _ = load_lm(str(folders[world.name] / "lm"), "cpu")
+            best_rows += best_of_n_rows(world, enumerate_policy(reference, world))
         print(f"{len(jobs)} rows, {workers} at a time; J in units of the reward, KL in nats per answer\n")
         print_row()
-        with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-            for future in as_completed([pool.submit(run_row, *job) for job in jobs]):
-                rows.append(future.result())
-                print_row(rows[-1])
-                left = (time.time() - clock) / max(len(rows), workers) * (len(jobs) - len(rows))
-                print(f"{len(rows)} of {len(jobs)}, about {left / 60:.0f} min left", end="\r", file=sys.stderr)
-    rows.sort(key=lambda row: (row["world"], row["advantage"], row["beta"], row["seed"]))
+        for future in as_completed([pool.submit(run_row, job[0], folders[job[0].name], *job[1:], options) for job in jobs]):
+            rows.append(future.result())
+            print_row(rows[-1])
+            rows.sort(key=lambda row: (row["world"], row["advantage"], row["beta"], row["seed"]))
+            write_json(config.out, {"rows": rows, "best_of_n": best_rows, "options": PPO | options,
+                                    "seconds": time.time() - clock})
+            left = (time.time() - clock) / max(len(rows), workers) * (len(jobs) - len(rows))
+            print(f"{len(rows)} of {len(jobs)}, about {left / 60:.0f} min left", end="\r", file=sys.stderr)
     print("\nkl_optimal, mean and largest: KL(policy || optimum)")
     for world in worlds:
         for variant in variants:
@@ -400,7 +421,6 @@ def main():
     print("\nbest of n from the reference, by enumeration; bound: ln n - (n - 1) / n")
     for row in best_rows:
         print("  {world:<6}  n {n:>4}  reward {reward:+.3f}  KL {kl:.4f}  bound {kl_bound:.4f}".format(**row))
-    write_json(config.out, {"rows": rows, "best_of_n": best_rows, "options": PPO | options, "seconds": time.time() - clock})
     print(f"\n{len(rows)} rows in {config.out}, {time.time() - clock:.0f} s")
 
 
