@@ -25,7 +25,7 @@ def four():
 @pytest.mark.parametrize("name, count", [("small", 364), ("hard", 1555)])
 def test_worlds_hold_every_answer_once_and_never_change(name, count):
     world = exact.World(name, *exact.WORLDS[name])
-    symbols, longest = exact.WORLDS[name]
+    symbols, longest, _ = exact.WORLDS[name]
     assert len(set(world.answers)) == len(world.answers) == count and len(world.prompts) == 4
     for answer in world.answers:
         ended = answer[-1] == symbols
@@ -140,7 +140,8 @@ def test_train_ppo_reaches_the_optimum_that_theory_names(toy, variant, beta):
     assert row["kl_optimal"] < 0.1
     if exact.VARIANTS[variant][1] == "π*":
         assert abs(row["j_optimal"] - row["j_policy"] - beta * row["kl_optimal"]) < 1e-6
-    assert row["logged_k1"] == pytest.approx(row["kl_reference"], abs=0.2)
+    if variant != "dpo":  # which samples nothing
+        assert row["logged_k1"] == pytest.approx(row["kl_reference"], abs=0.2)
     assert load_lm(str(folder / "lm"), "cpu")[1].state() == {"kind": "symbols", "n": 3}
 
 
