@@ -84,8 +84,8 @@ def calibration(scores):
 def kl_estimates(logprobs, ref_logprobs):
     """(k1, k3) of KL(policy || reference) per token, from samples of the policy (Schulman 2020).
 
-    k1 = -log r and k3 = r - 1 - log r with r = reference / policy. Both have the mean KL; k1 can be
-    negative, k3 cannot and varies less. Only k1 belongs in the reward.
+    k1 = -log r and k3 = r - 1 - log r with r = reference / policy. Both have the mean KL; k1 can be negative, k3 cannot.
+    k3 varies less while the two are close; far apart its tail is heavy, and a batch misses it. Only k1 belongs in the reward.
     """
     log_ratio = ref_logprobs - logprobs
     return -log_ratio, torch.expm1(log_ratio) - log_ratio
