@@ -7,7 +7,6 @@ Next: tokenizer.py.
 
 import argparse
 import dataclasses
-import math
 import os
 import sys
 from pathlib import Path
@@ -28,18 +27,14 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def number(kind, low, high):
-    """A reader for argparse that refuses what is not a `kind` (int, float) between low and high.
-
-    >>> number(int, 1, None)("3")
-    3
-    """
-    low = -math.inf if low is None else low
-    high = high if high is not None else 2**63 - 1 if kind is int else math.inf
+    """A reader for argparse that refuses what is not a `kind` (int, float) between low and high."""
+    largest = 2**63 - 1 if kind is int else sys.float_info.max
+    low = -largest if low is None else low
+    wanted = f"at least {low}" if high is None else f"between {low} and {high}"
 
     def read(text):
         value = kind(text)
-        if not (low <= value <= high and math.isfinite(value)):  # also catches nan
-            wanted = f"at least {low}" if high in (math.inf, 2**63 - 1) else f"between {low} and {high}"
+        if not low <= value <= (largest if high is None else high):  # also catches nan and inf
             raise argparse.ArgumentTypeError(f"{text} is not allowed, it must be {wanted}")
         return value
 
@@ -54,35 +49,33 @@ def parse(config_class, description, argv=None, saved_config=None):
     the dict of options saved in its checkpoint; asked only when `--resume` is typed.
     """
     parser = OneLineParser(description=description, allow_abbrev=False,
+                           argument_default=argparse.SUPPRESS,  # so that only typed options show up in `typed`
                            formatter_class=argparse.RawDescriptionHelpFormatter)
     for field in dataclasses.fields(config_class):
         default, meta = field.default, field.metadata
         help = meta["help"].replace("%", "%%")
-        kind = {"default": argparse.SUPPRESS}  # so that only typed options show up in `typed`
         if isinstance(default, bool):
-            kind["action"] = "store_true" if field.name in ("resume", "explain") else argparse.BooleanOptionalAction
+            kind = dict(action="store_true" if field.name in ("resume", "explain") else argparse.BooleanOptionalAction)
         elif isinstance(default, tuple):
-            kind |= dict(action="append", metavar="TEXT" if field.name == "prompt" else "FILE")
+            kind = dict(action="append", metavar="TEXT" if field.name == "prompt" else "FILE")
             help += " (repeatable)"
         elif meta["choices"]:
-            kind["choices"] = meta["choices"]
+            kind = dict(choices=meta["choices"])
         elif isinstance(default, (int, float)):
-            kind |= dict(type=number(type(default), meta["low"], meta["high"]), metavar=type(default).__name__.upper())
+            kind = dict(type=number(type(default), meta["low"], meta["high"]), metavar=type(default).__name__.upper())
         else:
-            kind["metavar"] = "TEXT"
+            kind = dict(metavar="TEXT")
         if default not in ("", ()) and not isinstance(default, bool):
             help += f" [{default}]"
         parser.add_argument(f"--{field.name}", help=help, **kind)
-    typed = {name: tuple(value) if isinstance(value, list) else value
-             for name, value in vars(parser.parse_args(argv)).items()}
+    typed = vars(parser.parse_args(argv))
     saved = {}
     if typed.get("resume"):
         out_dir = typed.get("out_dir", config_class.out_dir)
         saved = saved_config(out_dir) | {"out_dir": out_dir}  # the folder may have been renamed since
-        names = {field.name for field in dataclasses.fields(config_class)}
-        saved = {name: tuple(value) if isinstance(value, list) else value
-                 for name, value in saved.items() if name in names}
-    return config_class(**{**saved, **typed})
+    names = {field.name for field in dataclasses.fields(config_class)}
+    return config_class(**{name: tuple(value) if isinstance(value, list) else value
+                           for name, value in (saved | typed).items() if name in names})
 
 
 def command(main):

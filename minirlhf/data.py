@@ -20,6 +20,7 @@ from minirlhf.config import UserError
 
 FORMATS = '{"text"}, {"prompt"}, {"prompt","completion"}, {"prompt","chosen","rejected"} or {"chosen","rejected"}'
 HELD_OUT = 0.15
+TEXT = (".txt", ".txt.gz")  # one stream of text each; all else is JSONL
 ASSISTANT = "\n\nAssistant:"  # the last one ends the prompt of a dialogue
 
 
@@ -27,30 +28,31 @@ ASSISTANT = "\n\nAssistant:"  # the last one ends the prompt of a dialogue
 
 
 def read_lines(path):
-    """Yield (line number, line) of a .txt, .jsonl or .gz file, in UTF-8."""
+    """Yield (place, line) of a .txt, .jsonl or .gz file, in UTF-8; place is "file:line"."""
     opener = gzip.open if str(path).endswith(".gz") else open
-    number = 0
+    empty = True
     try:
         with opener(path, "rb") as file:
             for number, line in enumerate(file, 1):
-                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
+                place = f"{path}:{number}"
+                line = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                empty = empty and not line.strip()
+                yield place, line
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}:{number}: byte {error.object[error.start]:#04x} "
-                        "is not UTF-8; convert the file to UTF-8") from None
+        raise UserError(f"{place}: byte {error.object[error.start]:#04x} is not UTF-8; convert the file to UTF-8") from None
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
+    if empty:
+        raise UserError(f"{path}: the file is empty")
 
 
 def read_jsonl(path):
-    """Yield (place, row) for every line of a JSONL file that is not blank; place is "file:line"."""
-    empty = True
-    for number, line in read_lines(path):
-        place = f"{path}:{number}"
+    """Yield (place, row) for every line of a JSONL file that is not blank."""
+    for place, line in read_lines(path):
         if not line.strip():
             continue
-        empty = False
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
@@ -62,30 +64,13 @@ def read_jsonl(path):
                 raise UserError(f'{place}: "{key}" must be a string, not {json.dumps(row[key])[:40]}')
             row[key] = row[key].encode("utf-8", "replace").decode()  # JSON may hold half a character, "\\ud800"
         yield place, row
-    if empty:
-        raise UserError(f"{path}: the file is empty")
-
-
-def is_text(path):
-    return str(path).removesuffix(".gz").endswith(".txt")
-
-
-def read_text(path):
-    text = "".join(line for _, line in read_lines(path))
-    if not text.strip():
-        raise UserError(f"{path}: the file is empty")
-    return text
 
 
 # ---- splits ----------------------------------------------------------------------------------
 
 
 def hash_fraction(text):
-    """A number in [0, 1) that depends on the text alone.
-
-    >>> 0 <= hash_fraction("anything") == hash_fraction("anything") < 1
-    True
-    """
+    """A number in [0, 1) that depends on the text alone."""
     digest = hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=8).digest()
     return int.from_bytes(digest, "big") / 2**64
 
@@ -95,12 +80,9 @@ def split(items, key):
 
     Items of one key stay together. Where that leaves a side empty, it gets the nearest key.
     """
-    fractions = {name: hash_fraction(name) for name in {key(item) for item in items}}
-    held = {name for name, fraction in fractions.items() if fraction < HELD_OUT}
-    if len(fractions) > 1 and not held:
-        held = {min(fractions, key=fractions.get)}
-    if held and len(held) == len(fractions):
-        held = held - {max(fractions, key=fractions.get)}
+    names = sorted({key(item) for item in items}, key=hash_fraction)
+    count = sum(hash_fraction(name) < HELD_OUT for name in names)
+    held = set(names[: min(max(count, 1), len(names) - 1)])
     return [item for item in items if key(item) not in held], [item for item in items if key(item) in held]
 
 
@@ -122,13 +104,11 @@ class Corpus:
 
 def read_corpus(paths=()):
     """The corpus in these files; the built-in reviews if there are none."""
-    if not paths:
-        train, held_out = split(reviews.corpus(), key=lambda document: document[0])
-        return Corpus(train, held_out)
-    corpus, documents = Corpus(), []
+    corpus = Corpus()
+    documents = [] if paths else reviews.corpus()
     for path in paths:
-        if is_text(path):
-            data = read_text(path).encode()
+        if str(path).endswith(TEXT):
+            data = "".join(line for _, line in read_lines(path)).encode()
             cut = len(data) * 9 // 10
             while cut < len(data) and data[cut] & 0xC0 == 0x80:  # not inside a UTF-8 character
                 cut += 1
@@ -145,8 +125,7 @@ def read_corpus(paths=()):
     documents = [document for document in documents if "".join(document).strip()]
     by_text = len({prompt for prompt, _ in documents}) == 1
     corpus.train, corpus.held_out = split(documents, key=lambda document: document[by_text] or document[1])
-    sides = (corpus.train, corpus.train_streams), (corpus.held_out, corpus.held_out_streams)
-    if not all(documents or any(streams) for documents, streams in sides):
+    if not any(corpus.train + corpus.train_streams) or not any(corpus.held_out + corpus.held_out_streams):
         raise UserError(f"{', '.join(map(str, paths))}: too little text to train on and hold some out")
     return corpus
 
@@ -161,18 +140,18 @@ class Windows:
 
     def __init__(self, corpus, tokenizer, block_size):
         self.block_size = block_size
-        tokens, starts, jitters = [], [], []
+        tokens, starts = [], []
         for prompt, text in corpus.train:
-            ids = [tokenizer.eos] + tokenizer.encode(prompt) + tokenizer.encode(text)
-            starts += range(len(tokens), len(tokens) + len(ids), block_size)
-            tokens += ids
-        jitters += [1] * len(starts)
+            first = len(tokens)
+            tokens += [tokenizer.eos] + tokenizer.encode(prompt) + tokenizer.encode(text)
+            starts += range(first, len(tokens), block_size)
+        jitters = [1] * len(starts)
         for text in corpus.train_streams:
-            ids = [tokenizer.eos] + tokenizer.encode(text)
-            chunks = range(len(tokens), len(tokens) + max(1, len(ids) - block_size), block_size)
-            starts += chunks
-            jitters += [max(1, min(block_size, len(tokens) + len(ids) - block_size - start)) for start in chunks]
-            tokens += ids
+            first = len(tokens)
+            tokens += [tokenizer.eos] + tokenizer.encode(text)
+            stop = max(first + 1, len(tokens) - block_size)
+            starts += range(first, stop, block_size)
+            jitters += [min(block_size, stop - start) for start in range(first, stop, block_size)]
         self.starts, self.jitters = np.array(starts), np.array(jitters)
         self.num_tokens = len(tokens)
         self.tokens = np.resize(np.array(tokens), len(tokens) + block_size + 1)  # the end runs on into the start
@@ -187,11 +166,7 @@ class Windows:
 
 
 def order(n, seed, taken, k):
-    """Items taken, …, taken + k - 1 of an endless shuffle of range(n): a new permutation each epoch.
-
-    >>> sorted(order(5, seed=1, taken=0, k=5).tolist())
-    [0, 1, 2, 3, 4]
-    """
+    """Items taken, …, taken + k - 1 of an endless shuffle of range(n): a new permutation each epoch."""
     places = np.arange(taken, taken + k)
     epochs = {epoch: np.random.default_rng((seed, epoch)).permutation(n) for epoch in np.unique(places // n)}
     return np.array([epochs[place // n][place % n] for place in places])
@@ -212,26 +187,28 @@ def first_words(text, count):
 
 def corpus_prompts(corpus, words):
     """The documents' own prompts, or where they have none their first words; each once."""
-    texts = [part for stream in corpus.train_streams + corpus.held_out_streams for part in re.split(r"\n\s*\n", stream)]
-    found = [prompt or first_words(text, words) for prompt, text in corpus.train + corpus.held_out]
-    found += [first_words(text, words) for text in texts]
-    return list(dict.fromkeys(prompt for prompt in found if prompt))
+    streams = corpus.train_streams + corpus.held_out_streams
+    paragraphs = [("", text) for stream in streams for text in re.split(r"\n\s*\n", stream)]
+    found = [prompt or first_words(text, words) for prompt, text in corpus.train + corpus.held_out + paragraphs]
+    return list(dict.fromkeys(filter(None, found)))
 
 
 def read_prompts(path, words):
     """The prompts of a file, each once: a line of .txt, "prompt" in JSONL, or the first words of "text"."""
-    if is_text(path):
-        found = [line.strip() for line in read_text(path).splitlines()]
+    if str(path).endswith(TEXT):
+        found = [part.strip() for _, line in read_lines(path) for part in line.splitlines()]
     else:
         found = []
         for place, row in read_jsonl(path):
-            if "prompt" not in row and "text" not in row and "chosen" not in row:
-                raise UserError(f'{place}: needs "prompt" or "text"; has {sorted(row)}')
-            if "chosen" in row and "prompt" not in row:
-                found.append(split_dialogue(row["chosen"])[0])
+            if "prompt" in row:
+                found.append(row["prompt"])
+            elif "chosen" in row:
+                found.append(split_dialogue(row, "chosen")[0])
+            elif "text" in row:
+                found.append(first_words(row["text"], words))
             else:
-                found.append(row["prompt"] if "prompt" in row else first_words(row["text"], words))
-    found = list(dict.fromkeys(prompt for prompt in found if prompt))
+                raise UserError(f'{place}: needs "prompt" or "text"; has {sorted(row)}')
+    found = list(dict.fromkeys(filter(None, found)))
     if not found:
         raise UserError(f"{path}: no prompt in this file (texts need more than {words} words: --prompt_words)")
     return found
@@ -256,15 +233,14 @@ class Pair:
 
     def row(self):
         """The pair as a JSON object, defaults left out."""
-        row = {"prompt": self.prompt, "chosen": self.chosen, "rejected": self.rejected}
-        row |= {"margin": self.margin} if self.margin else {}
-        row |= {"tie": True} if self.tie else {}
-        return row | ({} if all(self.finished) else {"finished": list(self.finished)})
+        return {key: value for key, value in vars(self).items() if value != getattr(Pair, key, None)}
 
 
-def split_dialogue(text):
-    """(prompt, answer): the prompt runs to the end of the last "Assistant:"; no such mark, no prompt."""
-    head, mark, answer = text.rpartition(ASSISTANT)
+def split_dialogue(row, key):
+    """(prompt, answer) of a row; without "prompt", row[key] is a dialogue: its prompt ends with the last "Assistant:"."""
+    if "prompt" in row:
+        return row["prompt"], row[key]
+    head, mark, answer = row[key].rpartition(ASSISTANT)
     return head + mark, answer
 
 
@@ -276,22 +252,17 @@ def read_pairs(paths):
         for place, row in read_jsonl(path):
             if "chosen" not in row or "rejected" not in row:
                 raise UserError(f'{place}: needs "chosen" and "rejected"; has {sorted(row)}')
-            if "prompt" in row:
-                prompt, chosen, rejected = row["prompt"], row["chosen"], row["rejected"]
-                same_prompt = True
-            else:
-                prompt, chosen = split_dialogue(row["chosen"])
-                other, rejected = split_dialogue(row["rejected"])
-                same_prompt = prompt == other
+            prompt, chosen = split_dialogue(row, "chosen")
+            other, rejected = split_dialogue(row, "rejected")
             row = {"margin": 0.0, "tie": False, "finished": [True, True]} | {k: v for k, v in row.items() if v is not None}
             margin, tie, finished = row["margin"], row["tie"], row["finished"]
-            if isinstance(margin, bool) or not isinstance(margin, (int, float)) or not abs(margin) < 1e300:
+            if type(margin) not in (int, float) or not abs(margin) < 1e300:
                 raise UserError(f'{place}: "margin" must be a number')
             if not isinstance(tie, bool):
                 raise UserError(f'{place}: "tie" must be true or false')
-            if not (isinstance(finished, list) and len(finished) == 2 and all(isinstance(x, bool) for x in finished)):
+            if not isinstance(finished, list) or [type(done) for done in finished] != [bool, bool]:
                 raise UserError(f'{place}: "finished" must be two of true and false')
-            if same_prompt and chosen.strip() and rejected.strip() and chosen != rejected:
+            if prompt == other and chosen.strip() and rejected.strip() and chosen != rejected:
                 pairs.append(Pair(prompt, chosen, rejected, float(margin), tie, tuple(finished)))
             else:
                 skipped += 1
@@ -303,12 +274,8 @@ def read_pairs(paths):
 
 def split_pairs(pairs):
     """(train, held out) by prompt; by the answers where the prompts do not tell pairs apart."""
-    one_prompt = len({pair.prompt for pair in pairs}) == 1
-
-    def key(pair):
-        return pair.prompt if pair.prompt and not one_prompt else "\n".join(sorted((pair.chosen, pair.rejected)))
-
-    return split(pairs, key)
+    by_prompt = len({pair.prompt for pair in pairs}) > 1
+    return split(pairs, key=lambda pair: (by_prompt and pair.prompt) or "\n".join(sorted((pair.chosen, pair.rejected))))
 
 
 def groups_of(pairs):
@@ -317,12 +284,11 @@ def groups_of(pairs):
     groups, texts = [], set()
     for pair in pairs:
         two = {(pair.prompt, pair.chosen), (pair.prompt, pair.rejected)}
-        if groups and texts & two:
-            groups[-1].append(pair)
-            texts |= two
-        else:
-            groups.append([pair])
-            texts = two
+        if not texts & two:
+            groups.append([])
+            texts = set()
+        groups[-1].append(pair)
+        texts |= two
     return groups
 
 
@@ -337,12 +303,9 @@ def encode_answer(tokenizer, prompt, answer, finished, block_size):
     """
     prompt, answer = tokenizer.encode(prompt), tokenizer.encode(answer) + [tokenizer.eos] * finished
     room = block_size - 1
-    cut = len(prompt) + len(answer) > room
-    if cut:
-        keep = max(room - len(answer), min(len(prompt), room // 2))
-        prompt = prompt[len(prompt) - keep:]
-        answer = answer[: room - keep]
-    return [tokenizer.eos] + prompt + answer, cut
+    keep = min(len(prompt), max(room - len(answer), room // 2))
+    ids = [tokenizer.eos] + prompt[len(prompt) - keep:] + answer[: room - keep]
+    return ids, len(prompt) + len(answer) > room
 
 
 def prompt_room(block_size, max_new_tokens, run_dir):
@@ -361,7 +324,5 @@ def encode_prompts(tokenizer, prompts, room):
 
 def right_pad(rows):
     """Lists of ids -> int64 ids (B, T) padded with id 0, and the index of each row's last id (B,)."""
-    ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
-    for i, row in enumerate(rows):
-        ids[i, : len(row)] = torch.tensor(row)
+    ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row, dtype=torch.long) for row in rows], batch_first=True)
     return ids, torch.tensor([len(row) - 1 for row in rows])

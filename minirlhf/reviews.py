@@ -25,23 +25,22 @@ KINDS = {
 }
 KINDS = {kind: tuple(words.split() for words in lists) for kind, lists in KINDS.items()}
 KIND_OF = {subject: kind for kind, (subjects, _, _) in KINDS.items() for subject in subjects}
-KIND_OF |= {dish: "food" for dish in DISHES}
+KIND_OF |= dict.fromkeys(DISHES, "food")
 SENTIMENT = {(kind, word): sign for kind, (_, good, bad) in KINDS.items()
              for sign, words in ((1, good), (-1, bad)) for word in words}
 
-PROMPT = re.compile(r"I had the (\w+) at (\w+)\.")
+DISH_OF = {f"I had the {dish} at {place}.": dish for dish in DISHES for place in PLACES}
 SENTENCE = re.compile(r"The (\w+) was( not)?( very| really)? (\w+)")
 
 
 def prompts():
     """All 480 prompts of the world, each naming a dish and a place."""
-    return [f"I had the {dish} at {place}." for dish in DISHES for place in PLACES]
+    return list(DISH_OF)
 
 
 def dish_of(prompt):
     """The dish that a prompt of this world asks about; None for any other text."""
-    match = PROMPT.fullmatch(prompt)
-    return match[1] if match and match[1] in DISHES and match[2] in PLACES else None
+    return DISH_OF.get(prompt)
 
 
 def write_answer(prompt, rng):
@@ -90,8 +89,7 @@ def gold(prompt, answer):
         else:
             score += sentiment * (-1 if negated else 1) * (1.5 if intense else 1)
         seen.add(subject)
-    dish = dish_of(prompt)
-    if dish and dish in re.findall(r"\w+", answer):
+    if dish_of(prompt) in re.findall(r"\w+", answer):
         score += 1.0
     return score
 

@@ -9,7 +9,6 @@ No special-token parsing, no normalisation, no pad token. Next: reviews.py.
 import re
 from collections import Counter, defaultdict
 
-EOS = 256
 # A word with the space before it; digits; punctuation; white space. Bytes above 127 count as letters.
 WORDS = re.compile(rb" ?[A-Za-z\x80-\xff]+| ?[0-9]+| ?[^\sA-Za-z0-9\x80-\xff]+|\s+(?!\S)|\s")
 
@@ -20,14 +19,12 @@ def merge(ids, pair, new_id):
     >>> merge([1, 2, 3, 1, 2], (1, 2), 4)
     [4, 3, 4]
     """
-    merged, i = [], 0
-    while i < len(ids):
-        if i + 1 < len(ids) and (ids[i], ids[i + 1]) == pair:
-            merged.append(new_id)
-            i += 2
+    merged = []
+    for i in ids:
+        if merged and (merged[-1], i) == pair:
+            merged[-1] = new_id
         else:
-            merged.append(ids[i])
-            i += 1
+            merged.append(i)
     return merged
 
 
@@ -37,7 +34,7 @@ class BPE:
     merges: list of (left id, right id); the i-th makes id 257 + i.
     """
 
-    eos = EOS
+    eos = 256
 
     def __init__(self, merges=()):
         self.merges = [tuple(pair) for pair in merges]
@@ -59,29 +56,27 @@ class BPE:
         counts = Counter(word for text in texts for word in WORDS.findall(text.encode("utf-8", "replace")))
         words = [(list(word), count) for word, count in counts.items()]
         pair_counts, where = Counter(), defaultdict(set)  # where: pair -> indices of words that hold it
-        for i, (ids, count) in enumerate(words):
+
+        def tally(i, sign):  # count the pairs of word i in (sign 1) or out (sign -1)
+            ids, count = words[i]
             for pair in zip(ids, ids[1:]):
-                pair_counts[pair] += count
+                pair_counts[pair] += sign * count
                 where[pair].add(i)
+
+        for i in range(len(words)):
+            tally(i, 1)
         merges = []
-        while 257 + len(merges) < vocab_size and pair_counts:
-            most = max(pair_counts.values())
+        while 257 + len(merges) < vocab_size:
+            most = max(pair_counts.values(), default=0)
             if most < 2:
                 break
             best = min(pair for pair, count in pair_counts.items() if count == most)
-            new_id = 257 + len(merges)
-            merges.append(best)
             for i in where.pop(best):
+                tally(i, -1)
                 ids, count = words[i]
-                for pair in zip(ids, ids[1:]):
-                    pair_counts[pair] -= count
-                    if pair_counts[pair] == 0:
-                        del pair_counts[pair]
-                ids = merge(ids, best, new_id)
-                for pair in zip(ids, ids[1:]):
-                    pair_counts[pair] += count
-                    where[pair].add(i)
-                words[i] = (ids, count)
+                words[i] = (merge(ids, best, 257 + len(merges)), count)
+                tally(i, 1)
+            merges.append(best)
         return cls(merges)
 
     def encode(self, text):
