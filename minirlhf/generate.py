@@ -4,6 +4,7 @@ No top-k, no top-p: PPO's log-probs are those of the full softmax, so its sample
 `python -m minirlhf.generate --run runs/ppo --prompt "..."` talks to any run. Next: labelers.py.
 """
 
+import itertools
 import shutil
 import textwrap
 from dataclasses import dataclass
@@ -98,7 +99,6 @@ def generate(model, prompts, max_new_tokens, eos, temperature=1.0, generator=Non
     mask = torch.zeros(B, A, dtype=torch.bool, device=device)
     start = None if start is None else start.to(device)
     rows, alive = torch.arange(B, device=device), torch.ones(B, dtype=torch.bool, device=device)
-    rows_start = start
     cache = KVCache(model.shape, B, P + A, device, model.head_weight.dtype)
     hidden = model(ids[:, :P], start, cache)[:, -1]  # (B, C)
     for t in range(A):
@@ -111,14 +111,10 @@ def generate(model, prompts, max_new_tokens, eos, temperature=1.0, generator=Non
             break
         if going <= len(rows) // 2:
             cache.keep(alive)
-            rows, token = rows[alive], token[alive]
-            rows_start = None if rows_start is None else rows_start[alive]
-            alive = alive[alive]
-        hidden = model(token[:, None], rows_start, cache)[:, -1]
-    A = t + 1
-    finished = torch.ones(B, dtype=torch.bool, device=device)
-    finished[rows] = ~alive
-    return Rollout(ids[:, : P + A], start, mask[:, :A], finished)
+            rows, token, alive = rows[alive], token[alive], alive[alive]
+        hidden = model(token[:, None], None if start is None else start[rows], cache)[:, -1]
+    finished = (ids[:, P:] == eos).any(1)
+    return Rollout(ids[:, : P + t + 1], start, mask[:, : t + 1], finished)
 
 
 def generate_all(model, prompts, max_new_tokens, eos, temperature=1.0, generator=None, batch_size=1024):
@@ -138,9 +134,8 @@ def columns(cells, width=None):
     each = (width - 3 * (len(cells) - 1)) // len(cells)
     wrapped = [[part for line in printable(cell).splitlines() or [""] for part in textwrap.wrap(line, each) or [""]]
                for cell in cells]
-    height = max(map(len, wrapped))
-    wrapped = [lines + [""] * (height - len(lines)) for lines in wrapped]
-    return "\n".join(" | ".join(part.ljust(each) for part in parts).rstrip() for parts in zip(*wrapped))
+    lines = itertools.zip_longest(*wrapped, fillvalue="")
+    return "\n".join(" | ".join(part.ljust(each) for part in parts).rstrip() for parts in lines)
 
 
 # ---- python -m minirlhf.generate -------------------------------------------------------------
@@ -160,8 +155,7 @@ class Config:
 
 def answers_of(config, run_dir, prompts):
     """Lists of config.num_samples answers, one list a prompt."""
-    device = pick_device(config.device)
-    model, tokenizer = load_lm(run_dir, device)
+    model, tokenizer = load_lm(run_dir, pick_device(config.device))
     room = prompt_room(model.shape.block_size, config.max_new_tokens, run_dir)
     rows, cut = encode_prompts(tokenizer, prompts, room)
     if cut:

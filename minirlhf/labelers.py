@@ -17,6 +17,7 @@ import numpy as np
 from minirlhf import reviews
 from minirlhf.data import Pair
 from minirlhf.generate import printable
+from minirlhf.run import read_rows
 
 TAU = 0.5  # temperature of the gold labeler: the smaller, the fewer wrong labels
 
@@ -31,9 +32,8 @@ class Question:
 
     def pair(self, better, tie=False):
         """The pair in which answer `better` (0 or 1) was chosen."""
-        order = (better, 1 - better)
-        answers, finished = [tuple(field[i] for i in order) for field in (self.answers, self.finished)]
-        return Pair(self.prompt, *answers, tie=tie, finished=finished)
+        turn = -1 if better else 1
+        return Pair(self.prompt, *self.answers[::turn], tie=tie, finished=self.finished[::turn])
 
 
 def questions_of(prompts, answers, finished, answers_per_prompt):
@@ -52,7 +52,7 @@ def questions_of(prompts, answers, finished, answers_per_prompt):
 
 def prefer_probability(gold_a, gold_b):
     """P(a preferred over b) = sigmoid((gold_a - gold_b) / TAU) (Bradley and Terry 1952)."""
-    return 1 / (1 + np.exp(-(np.asarray(gold_a) - np.asarray(gold_b)) / TAU))
+    return 1 / (1 + np.exp((gold_b - gold_a) / TAU))
 
 
 def label_by_gold(questions, seed):
@@ -67,20 +67,10 @@ def label_by_gold(questions, seed):
 
 
 def read_journal(path):
-    """The answers that stand in a journal, undos applied, as a list of dicts.
-
-    The journal only grows: a line for each key pressed. A last line cut short by a kill is dropped.
-    """
+    """The answers in a journal, which holds a row for each key pressed, with the undos applied: a list of dicts."""
     answers = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if row["choice"] == "u":
-            answers = answers[:-1]
-        else:
-            answers.append(row)
+    for row in read_rows(path):
+        answers = answers[:-1] if row["choice"] == "u" else [*answers, row]
     return answers
 
 
@@ -97,22 +87,20 @@ def write_journal(path, row):
 def label_by_person(questions, count, path, seed, ask=input):
     """Ask for up to `count` preferences in the terminal; list of Pair.
 
-    path: the journal. Every answer is in it before the next question is asked, so starting again
-    goes on where it stopped. Keys: 1 or 2, = for a tie, s skip, u undo, q quit.
+    path: the journal. Every answer is in it before the next question is asked, so starting again goes on there.
     """
     print("Which answer is better?  1 or 2,  = equally good,  s skip,  u undo the last,  q quit (labels are kept)")
     while True:
         answered = read_journal(path)
         seen = {(row["prompt"], *sorted(row["answers"])) for row in answered}
-        labels = sum(row["choice"] != "s" for row in answered)
+        labels = [row for row in answered if row["choice"] != "s"]
         question = next((q for q in questions if (q.prompt, *sorted(q.answers)) not in seen), None)
-        if labels >= count or question is None:
+        if len(labels) >= count or question is None:
             break
-        order = [0, 1]
-        random.Random(f"{seed} {question.prompt} {question.answers}").shuffle(order)
-        answers, finished = [[field[i] for i in order] for field in (question.answers, question.finished)]
-        print(f"\n[{labels + 1} of {count}]  {printable(question.prompt)}")
-        for number, (answer, done) in enumerate(zip(answers, finished), 1):
+        shown = list(zip(question.answers, question.finished))
+        random.Random(f"{seed} {question.prompt} {question.answers}").shuffle(shown)
+        print(f"\n[{len(labels) + 1} of {count}]  {printable(question.prompt)}")
+        for number, (answer, done) in enumerate(shown, 1):
             print(textwrap.fill(printable(answer).strip() + ("" if done else " …"), 100,
                                 initial_indent=f"  {number}  ", subsequent_indent="     "))
         choice = ""
@@ -126,8 +114,8 @@ def label_by_person(questions, count, path, seed, ask=input):
                 raise
         if choice == "q":
             break
+        answers, finished = zip(*shown)
         write_journal(path, {"choice": "u"} if choice == "u" else {
             "choice": choice, "prompt": question.prompt, "answers": answers, "finished": finished})
     return [Question(row["prompt"], tuple(row["answers"]), tuple(row["finished"]))
-            .pair(1 if row["choice"] == "2" else 0, tie=row["choice"] == "=")
-            for row in read_journal(path) if row["choice"] != "s"]
+            .pair(better=int(row["choice"] == "2"), tie=row["choice"] == "=") for row in labels]

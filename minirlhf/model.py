@@ -30,7 +30,7 @@ class KVCache:
     def __init__(self, shape, batch, max_length, device, dtype):
         size = (shape.n_layer, batch, shape.n_head, max_length, shape.n_embd // shape.n_head)
         self.keys = torch.empty(size, device=device, dtype=dtype)
-        self.values = torch.empty(size, device=device, dtype=dtype)
+        self.values = torch.empty_like(self.keys)
         self.length = 0  # tokens held; the model moves it on once all layers have written theirs
 
     def extend(self, layer, k, v):
@@ -59,8 +59,7 @@ class Block(nn.Module):
         q, k, v = self.qkv(self.norm_1(x)).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
         if cache is not None:
             k, v = cache.extend(layer, k, v)  # (B, H, T so far, D)
-        causal = mask is None and T > 1
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)  # (B, H, T, D)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1)  # (B, H, T, D)
         x = x + self.attention_out(y.transpose(1, 2).reshape(B, T, C))
         return x + self.mlp_out(F.gelu(self.mlp_in(self.norm_2(x)), approximate="tanh"))
 

@@ -18,6 +18,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -31,24 +32,24 @@ from minirlhf.tokenizer import KINDS, load_tokenizer
 
 IMPORTED = time.time()
 
+STEP_KEYS = {
+    "step": "optimizer steps so far", "lr": "learning rate of this step",
+    "seconds": "wall time since the process started, everything included (earlier sittings of a resumed run too)",
+}
 KEYS = {
-    "lm": {
-        "step": "optimizer steps so far",
-        "seconds": "wall time since the process started, everything included (earlier sittings of a resumed run too)",
-        "lr": "learning rate of this step",
+    "lm": STEP_KEYS | {
         "loss": "training loss of this step's batch, nats per token",
-        "tokens_per_second": "training tokens per second since the last row",
+        "tokens_per_second": "training tokens per second since the last evaluation",
         "val_loss": "nats per token on the held-out split",
         "bits_per_byte": "total nats on the held-out split, eos included / (ln 2 x bytes)",
     },
-    "rm": {
-        "step": "optimizer steps so far", "seconds": "as above", "lr": "learning rate of this step",
+    "rm": STEP_KEYS | {
         "loss": "pair loss of this step's batch, nats per pair",
         "train_accuracy": "share of this step's pairs in which chosen scored higher (equal scores count half)",
     },
-    "ppo": {
-        "step": "rollouts so far", "episodes": "answers sampled so far", "seconds": "as above",
-        "lr": "learning rate of this step",
+    "dpo": STEP_KEYS | {"loss": "DPO loss of this step's batch, nats per pair"},
+    "ppo": STEP_KEYS | {
+        "step": "rollouts so far", "episodes": "answers sampled so far",
         "score": "mean normalised reward before penalties", "gold": "mean gold score, where known",
         "score_std": "standard deviation of the scores over the answers of the step; null for one answer",
         "reward": "mean per answer of score - penalties - β KL",
@@ -61,14 +62,11 @@ KEYS = {
         "ratio_first": "largest |π_new / π_old - 1| in the rollout's first minibatch: 0 but for rounding",
         "approx_kl": "k3 of KL(old || new), mean per token over the update",
         "clip_frac": "share of tokens whose ratio was outside the clip, over the update",
-        "policy_loss": "clipped policy loss, mean over the update",
-        "value_loss": "clipped value loss, mean over the update",
+        "policy_loss": "clipped policy loss, mean over the update", "value_loss": "clipped value loss, likewise",
         "explained_variance": "1 - Var(returns - old values) / Var(returns); null where returns do not vary",
         "length": "mean tokens per answer, eos counted", "eos_rate": "share of answers that ended by themselves",
         "eval": "the figures of eval.json, at the cadence of --eval_every",
     },
-    "dpo": {"step": "optimizer steps so far", "seconds": "as above", "lr": "learning rate of this step",
-            "loss": "DPO loss of this step's batch, nats per pair"},
 }
 
 
@@ -78,9 +76,8 @@ KEYS = {
 def process_seconds():
     """Wall time since this process started: from /proc on Linux, elsewhere since this import."""
     try:
-        ticks = int(Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19])
-        uptime = float(Path("/proc/uptime").read_text().split()[0])
-        return uptime - ticks / os.sysconf("SC_CLK_TCK")
+        started = int(Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19])  # in clock ticks after boot
+        return float(Path("/proc/uptime").read_text().split()[0]) - started / os.sysconf("SC_CLK_TCK")
     except (OSError, ValueError, IndexError):
         return time.time() - IMPORTED
 
@@ -145,10 +142,21 @@ def write_jsonl(path, rows):
     write_atomic(path, lambda temporary: temporary.write_text("".join(json.dumps(plain(row)) + "\n" for row in rows)))
 
 
+def read_rows(path):
+    """The rows of a JSONL file that only grows, and that may not exist; a line cut short by a kill is left out."""
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        with suppress(ValueError):
+            rows.append(json.loads(line))
+    return rows
+
+
+RESULTS = {"lm": "a language model", "rm": "a reward model", "ppo": "a policy trained with PPO",
+           "dpo": "a policy trained with DPO"}  # what the checkpoint of a stage holds
 LANGUAGE_MODELS = ("lm", "ppo", "dpo")  # the stages whose checkpoints hold one
 
 
-def load_checkpoint(run_dir, stages=("rm", *LANGUAGE_MODELS)):
+def load_checkpoint(run_dir, stages):
     """The dict in run_dir/ckpt.pt, on the CPU; one line for each way in which it can be unusable."""
     path = Path(run_dir) / "ckpt.pt"
     if not path.is_file():
@@ -164,9 +172,7 @@ def load_checkpoint(run_dir, stages=("rm", *LANGUAGE_MODELS)):
     if checkpoint["tokenizer"]["kind"] not in KINDS:
         raise UserError(f"{path}: its tokenizer is of the kind {checkpoint['tokenizer']['kind']!r}, unknown here")
     if checkpoint["stage"] not in stages:
-        kinds = {"lm": "a language model", "rm": "a reward model", "ppo": "a policy trained with PPO",
-                 "dpo": "a policy trained with DPO"}
-        raise UserError(f"{path}: holds {kinds[checkpoint['stage']]}; needed: {' or '.join(kinds[s] for s in stages)}")
+        raise UserError(f"{path}: holds {RESULTS[checkpoint['stage']]}; needed: {' or '.join(RESULTS[s] for s in stages)}")
     return checkpoint
 
 
@@ -181,7 +187,7 @@ def refuse_inputs_in_out_dir(config, *options):
     for option in options:
         value = getattr(config, option)
         for path in value if isinstance(value, tuple) else (value,) if value else ():
-            if out_dir in (Path(path).resolve(), *Path(path).resolve().parents):
+            if Path(path).resolve().is_relative_to(out_dir):
                 raise UserError(f"--{option} {path} lies in --out_dir {config.out_dir}, which this run rewrites; "
                                 "name another --out_dir")
 
@@ -222,46 +228,36 @@ def lm_prompts(run_dir, words):
 
 def git_commit():
     try:
-        out = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5,
-                             cwd=Path(__file__).parent)
-    except (OSError, subprocess.TimeoutExpired):
+        return subprocess.check_output(["git", "rev-parse", "HEAD"], stderr=subprocess.DEVNULL, text=True, timeout=5,
+                                       cwd=Path(__file__).parent).strip()
+    except (OSError, subprocess.SubprocessError):
         return None
-    return out.stdout.strip() or None if out.returncode == 0 else None
 
 
 # ---- the run ---------------------------------------------------------------------------------
 
 
 class Run:
-    """A run folder that is being written.
-
-    A fresh run replaces the files of an earlier one in the same folder (`keep` names those that
-    stay); `resume` reads its checkpoint, and drops log rows that are later than it, as after a
-    kill. `write=False` leaves no trace.
-    """
+    """A run folder that is being written: a fresh run replaces the files of an earlier one; a resumed run reads its
+    checkpoint, and drops log rows that are later than it, as after a kill. `write=False` leaves no trace."""
 
     def __init__(self, stage, config, device, write=True):
         self.stage, self.config, self.device, self.write = stage, config, device, write
         self.folder = Path(config.out_dir)
-        self.checkpoint = None
+        self.checkpoint = load_checkpoint(self.folder, (stage,)) if config.resume else None
+        self.saved_step = self.checkpoint["step"] if config.resume else None
+        self.seconds_before = self.checkpoint["seconds"] if config.resume else 0.0
         self.interrupted = False
-        self.seconds_before = 0.0
-        self.saved_step = None
         torch.manual_seed(config.seed)
-        if config.resume:
-            self.checkpoint = load_checkpoint(self.folder, (stage,))
-            self.saved_step = self.checkpoint["step"]
-            self.seconds_before = self.checkpoint["seconds"]
         if not write:
             return
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            for name in ("metrics.jsonl", "samples.jsonl"):
-                if config.resume:
-                    self.drop_rows_after(self.folder / name, self.saved_step)
             for name in ("metrics.jsonl", "samples.jsonl", "ckpt.pt", "eval.json"):
                 if not config.resume:
                     (self.folder / name).unlink(missing_ok=True)
+                elif name.endswith(".jsonl"):
+                    self.drop_rows_after(self.folder / name, self.saved_step)
             write_json(self.folder / "run.json", {
                 "stage": stage, "argv": sys.argv, "config": asdict(config), "device": str(device),
                 "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
@@ -280,19 +276,9 @@ class Run:
         signal.signal(signal.SIGINT, self.handler)  # a second Ctrl-C stops at once
         print("\nfinishing this step, then saving (Ctrl-C again: stop at once)", file=sys.stderr)
 
-    def seconds(self):
-        return self.seconds_before + process_seconds()
-
     @staticmethod
     def drop_rows_after(path, step):
-        """Keep the rows up to `step`; a last line that a kill cut short goes too."""
-        rows = []
-        for line in path.read_text().splitlines() if path.exists() else []:
-            try:
-                rows.append(json.loads(line))
-            except ValueError:
-                break
-        write_jsonl(path, [row for row in rows if row["step"] <= step])
+        write_jsonl(path, [row for row in read_rows(path) if row["step"] <= step])
 
     def append(self, name, rows):
         if self.write:
@@ -303,7 +289,7 @@ class Run:
         """One row of metrics.jsonl; every key stands in KEYS."""
         unknown = set(row) - set(KEYS[self.stage])
         assert not unknown, f"{unknown} missing in run.KEYS"
-        self.append("metrics.jsonl", [row | {"seconds": round(self.seconds(), 3)}])
+        self.append("metrics.jsonl", [row | {"seconds": round(self.seconds_before + process_seconds(), 3)}])
 
     def log_samples(self, rows):
         self.append("samples.jsonl", rows)
@@ -323,7 +309,7 @@ class Run:
             "tokenizer": tokenizer.state(), "config": {key: list(value) if isinstance(value, tuple) else value
                                                        for key, value in asdict(self.config).items()},
             "optimizers": [optimizer.state_dict() for optimizer in optimizers], "rng": rng,
-            "seconds": self.seconds(), **tensors,
+            "seconds": self.seconds_before + process_seconds(), **tensors,
         }
         write_atomic(self.folder / "ckpt.pt", lambda temporary: torch.save(state, temporary))
         self.saved_step = step
@@ -343,8 +329,8 @@ class Run:
         """Stop before a NaN reaches the weights; the last checkpoint stays as it is."""
         for name, value in figures.items():
             if not math.isfinite(value):
-                raise UserError(f"{name} is {float(value)} at step {step}: the run stopped. The last good checkpoint "
-                                f"is {self.folder / 'ckpt.pt'} (step {self.saved_step}); go on with --resume and a lower --lr")
+                raise UserError(f"{name} is {float(value)} at step {step}: the run stopped. The last good checkpoint is "
+                                f"{self.folder / 'ckpt.pt'} (step {self.saved_step}); go on with --resume and a lower --lr")
 
     def stop_if_interrupted(self, script):
         """After Ctrl-C and a save: say how to go on, and leave."""
