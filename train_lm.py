@@ -19,8 +19,8 @@ from minirlhf.config import UserError, command, option, parse
 from minirlhf.generate import generate
 from minirlhf.logprobs import cross_entropy
 from minirlhf.model import GPT, Shape
-from minirlhf.run import (Run, autocast, learning_rate, load_tokenizer, pick_device, refuse_inputs_in_out_dir,
-                          saved_config, write_json)
+from minirlhf.run import (Run, autocast, learning_rate, load_lm, pick_device, refuse_inputs_in_out_dir, saved_config,
+                          write_json)
 from minirlhf.tokenizer import BPE
 
 
@@ -55,16 +55,15 @@ class Config:
 
 
 def make_optimizers(model, config):
-    """Muon (Jordan et al. 2024) for the blocks' matrices, AdamW for the rest; weight decay on matrices only."""
+    """AdamW, and Muon (Jordan et al. 2024) for the blocks' matrices; weight decay on matrices only."""
     blocks = [p for p in model.blocks.parameters() if p.dim() == 2] if config.muon_lr else []
-    taken = {id(p) for p in blocks}
-    others = [p for p in model.parameters() if id(p) not in taken]
+    taken = set(blocks)
+    others = [p for p in model.parameters() if p not in taken]
     groups = [{"params": [p for p in others if p.dim() == 2], "weight_decay": config.weight_decay},
               {"params": [p for p in others if p.dim() != 2], "weight_decay": 0.0}]
-    optimizers = [(torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True), config.lr)]
+    optimizers = [torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)]
     if blocks:
-        muon = torch.optim.Muon(blocks, lr=config.muon_lr, weight_decay=config.weight_decay)
-        optimizers.append((muon, config.muon_lr))
+        optimizers.append(torch.optim.Muon(blocks, lr=config.muon_lr, weight_decay=config.weight_decay))
     return optimizers
 
 
@@ -76,33 +75,27 @@ def evaluate(model, corpus, tokenizer, dtype, batch_size=64):
     the first window that reaches it.
     """
     device, T = model.head_weight.device, model.shape.block_size
+    half = T // 2
     texts = [[tokenizer.eos] + tokenizer.encode(prompt) + tokenizer.encode(text) + [tokenizer.eos]
              for prompt, text in corpus.held_out]
     texts += [[tokenizer.eos] + tokenizer.encode(text) for text in corpus.held_out_streams if text]
     windows = []  # (ids, index of the first target to score)
     for ids in texts:
-        first = scored = 0
-        while scored < len(ids) - 1:
-            piece = ids[first: first + T + 1]
-            windows.append((piece, scored - first))
-            scored = first + len(piece) - 1
-            first = scored - T // 2
+        for first in range(0, max(1, len(ids) - 1 - half), T - half):
+            windows.append((ids[first: first + T + 1], half if first else 0))
     windows.sort(key=lambda window: len(window[0]))
-    nats, tokens = 0.0, 0
+    nats = 0.0
     for i in range(0, len(windows), batch_size):
-        batch = windows[i: i + batch_size]
-        ids, last = data.right_pad([piece for piece, _ in batch])
-        targets = ids[:, 1:].clone()
-        for row, (_, first) in enumerate(batch):
-            targets[row, :first] = -100
-            targets[row, last[row]:] = -100
+        pieces, first = zip(*windows[i: i + batch_size])
+        ids, last = data.right_pad(pieces)  # (B, T' + 1), (B,)
+        slots = torch.arange(ids.size(1) - 1)
+        scored = (slots >= torch.tensor(first)[:, None]) & (slots < last[:, None])  # (B, T')
+        targets = ids[:, 1:].masked_fill(~scored, -100)
         with autocast(device, dtype):
             logits = model(ids[:, :-1].to(device)) @ model.head_weight.T
         nats += cross_entropy(logits.float(), targets.to(device), reduction="sum").item()
-        tokens += int((targets != -100).sum())
-    num_bytes = sum(len((prompt + text).encode()) for prompt, text in corpus.held_out)
-    num_bytes += sum(len(text.encode()) for text in corpus.held_out_streams)
-    return nats / tokens, nats / (math.log(2) * num_bytes)
+    num_bytes = sum(len(text.encode()) for text in [*map("".join, corpus.held_out), *corpus.held_out_streams])
+    return nats / sum(len(ids) - 1 for ids in texts), nats / (math.log(2) * num_bytes)
 
 
 def train(config, corpus, tokenizer=None):
@@ -114,49 +107,32 @@ def train(config, corpus, tokenizer=None):
     # ---- setup ----
     run = Run("lm", config, device)
     if run.checkpoint:
-        tokenizer, shape = load_tokenizer(run.checkpoint["tokenizer"]), Shape(**run.checkpoint["shape"])
+        model, tokenizer = load_lm(run.folder, device)
         for name in ("n_layer", "n_head", "n_embd", "block_size"):
-            if getattr(config, name) != getattr(shape, name):
-                raise UserError(f"--{name} {getattr(config, name)}: a resumed run keeps its network, "
-                                f"{getattr(shape, name)} here")
+            kept = getattr(model.shape, name)
+            if getattr(config, name) != kept:
+                raise UserError(f"--{name} {getattr(config, name)}: a resumed run keeps its network, {kept} here")
     else:
         tokenizer = tokenizer or BPE.train(corpus.training_texts(), config.vocab_size)
         shape = Shape(tokenizer.vocab_size, config.block_size, config.n_layer, config.n_head, config.n_embd)
-    model = GPT(shape).to(device)
-    if run.checkpoint:
-        model.load_state_dict(run.checkpoint["model"])
+        model = GPT(shape).to(device)
     forward = torch.compile(model) if config.compile else model
     optimizers = make_optimizers(model, config)
-    windows = data.Windows(corpus, tokenizer, shape.block_size)
+    windows = data.Windows(corpus, tokenizer, config.block_size)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {tokenizer.vocab_size} tokens in the "
           f"vocabulary, {windows.num_tokens:,} to train on, {device}")
 
-    def save(step):
-        run.save(step, shape, tokenizer, [optimizer for optimizer, _ in optimizers], model=model.state_dict())
-
-    def evaluate_and_log(step, **row):
-        val_loss, bits_per_byte = evaluate(model, corpus, tokenizer, config.dtype)
-        run.check_finite(step, val_loss=val_loss)
-        run.log(step=step, val_loss=val_loss, bits_per_byte=bits_per_byte, **row)
-        rollout = generate(model, [[tokenizer.eos]] * 3, shape.block_size - 1, tokenizer.eos,
-                           generator=torch.Generator(device).manual_seed(step))
-        texts = rollout.texts(tokenizer)
-        run.log_samples([{"step": step, "prompt": "", "response": text} for text in texts])
-        tqdm.write(f"step {step}: held-out {val_loss:.3f} nats/token, {bits_per_byte:.3f} bits/byte. "
-                   f"Sample: {texts[0].strip()[:160]!r}")
-        return {"val_loss": val_loss, "bits_per_byte": bits_per_byte}
-
     # ---- loop ----
-    first = run.restore([optimizer for optimizer, _ in optimizers])
+    first = run.restore(optimizers)
     if first == 0:
-        save(0)
-    figures, speed, seen, clock = {}, 0.0, 0, time.time()
+        run.save(0, model.shape, tokenizer, optimizers, model=model.state_dict())
+    seen, clock = 0, time.time()
     run.catch_interrupts()
     bar = tqdm(range(first, config.max_steps), initial=first, total=config.max_steps, desc="lm", mininterval=0.5)
     for step in bar:
-        for optimizer, lr in optimizers:
+        for optimizer, peak in zip(optimizers, (config.lr, config.muon_lr)):
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(lr, step, config.max_steps, config.warmup)
+                group["lr"] = learning_rate(peak, step, config.max_steps, config.warmup)
         inputs, targets = windows.batch(config.seed, step, config.batch_size)  # (B, T) each
         with autocast(device, config.dtype):
             logits = forward(inputs.to(device)) @ model.head_weight.T  # (B, T, V)
@@ -164,29 +140,35 @@ def train(config, corpus, tokenizer=None):
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
         run.check_finite(step, loss=loss.item(), gradient=norm.item())
-        for optimizer, _ in optimizers:
+        for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
 
         seen += inputs.numel()
         done = step + 1
-        bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
         last = done == config.max_steps
-        row = {"loss": loss.item(), "lr": optimizers[0][0].param_groups[0]["lr"]}
+        bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
+        row = {"step": done, "loss": loss.item(), "lr": optimizers[0].param_groups[0]["lr"]}
         if done % config.eval_every == 0 or last:
             speed = seen / (time.time() - clock)
-            figures = evaluate_and_log(done, **row, tokens_per_second=speed)
+            val_loss, bits_per_byte = evaluate(model, corpus, tokenizer, config.dtype)
+            run.check_finite(done, val_loss=val_loss)
+            figures = {"val_loss": val_loss, "bits_per_byte": bits_per_byte, "tokens_per_second": speed}
+            run.log(**row, **figures)
+            texts = generate(model, [[tokenizer.eos]] * 3, config.block_size - 1, tokenizer.eos,
+                             generator=torch.Generator(device).manual_seed(done)).texts(tokenizer)
+            run.log_samples([{"step": done, "prompt": "", "response": text} for text in texts])
+            tqdm.write(f"step {done}: held-out {val_loss:.3f} nats/token, {bits_per_byte:.3f} bits/byte. "
+                       f"Sample: {texts[0].strip()[:160]!r}")
             seen, clock = 0, time.time()
         elif done % 10 == 0:
-            run.log(step=done, **row)
+            run.log(**row)
         if done % config.save_every == 0 or last or run.interrupted:
-            save(done)
-        if not last:
+            run.save(done, model.shape, tokenizer, optimizers, model=model.state_dict())
+        if last:
+            write_json(run.folder / "eval.json", figures)
+        else:
             run.stop_if_interrupted("train_lm.py")
-
-    # ---- finish ----
-    if figures:
-        write_json(run.folder / "eval.json", figures | {"tokens_per_second": speed})
     return model, tokenizer
 
 

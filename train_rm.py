@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from minirlhf import data, labelers, losses, reviews
 from minirlhf.config import UserError, command, option, parse
-from minirlhf.generate import generate_all
+from minirlhf.generate import generate, generate_all
 from minirlhf.model import RewardModel
 from minirlhf.run import (Run, autocast, learning_rate, lm_prompts, load_lm, pick_device, refuse_inputs_in_out_dir,
                           saved_config, write_json, write_jsonl)
@@ -52,8 +52,8 @@ class Config:
     resume: bool = option(False, "go on from out_dir's checkpoint and pairs.jsonl, with their options")
 
 
-def sample_questions(config, policy, tokenizer, prompts):
-    """(questions, how many labels are wanted): sampled answers, every two to one prompt beside each other."""
+def sample_pairs(config, policy, tokenizer, prompts):
+    """New pairs: the policy's answers to `prompts`, every two to one prompt compared by --labeler."""
     per_prompt = math.comb(config.answers_per_prompt, 2)
     wanted = config.num_pairs or {"gold": 20480, "human": 100}[config.labeler]
     spare = 1.5 if config.labeler == "human" else 1.0  # a person skips some
@@ -69,20 +69,10 @@ def sample_questions(config, policy, tokenizer, prompts):
                         desc="sampling", total=math.ceil(len(repeated) / 1024)):
         answers += rollout.texts(tokenizer)
         finished += rollout.finished.tolist()
-    return labelers.questions_of(chosen, answers, finished, config.answers_per_prompt), wanted
-
-
-def gather(config, policy, tokenizer, prompts, pairs, skipped):
-    """The pairs to learn from: `pairs` read from files (`skipped` rows were useless), new answers, or both."""
-    if config.policy or not config.prefs:
-        questions, wanted = sample_questions(config, policy, tokenizer, prompts)
-        if config.labeler == "human":
-            pairs += labelers.label_by_person(questions, wanted, Path(config.out_dir) / "labels.jsonl", config.seed)
-        else:
-            pairs += labelers.label_by_gold(questions[:wanted], config.seed)
-    if skipped:
-        print(f"{skipped} pairs skipped: equal answers, an empty answer, or different prompts")
-    return pairs
+    questions = labelers.questions_of(chosen, answers, finished, config.answers_per_prompt)
+    if config.labeler == "human":
+        return labelers.label_by_person(questions, wanted, Path(config.out_dir) / "labels.jsonl", config.seed)
+    return labelers.label_by_gold(questions[:wanted], config.seed)
 
 
 class Texts:
@@ -92,18 +82,16 @@ class Texts:
         self.tokenizer, self.block_size = tokenizer, block_size
         self.rows, self.index, self.cut = [], {}, 0
 
-    def add(self, prompt, answer, finished):
-        key = (prompt, answer, finished)
-        if key not in self.index:
-            ids, cut = data.encode_answer(self.tokenizer, prompt, answer, finished, self.block_size)
-            self.index[key] = len(self.rows)
-            self.rows.append(ids)
-            self.cut += cut
-        return self.index[key]
-
     def of_pair(self, pair):
         """Row numbers of the chosen and the rejected text."""
-        return [self.add(pair.prompt, text, done) for text, done in zip((pair.chosen, pair.rejected), pair.finished)]
+        keys = [(pair.prompt, text, done) for text, done in zip((pair.chosen, pair.rejected), pair.finished)]
+        for key in keys:
+            if key not in self.index:
+                ids, cut = data.encode_answer(self.tokenizer, *key, self.block_size)
+                self.index[key] = len(self.rows)
+                self.rows.append(ids)
+                self.cut += cut
+        return [self.index[key] for key in keys]
 
 
 def make_batches(pairs, batch_size, epochs, seed):
@@ -111,13 +99,11 @@ def make_batches(pairs, batch_size, epochs, seed):
     groups = [group[i: i + batch_size] for group in data.groups_of(pairs) for i in range(0, len(group), batch_size)]
     batches = []
     for epoch in range(epochs):
-        batch = []
+        batches.append([])
         for i in data.order(len(groups), seed, epoch * len(groups), len(groups)):
-            if batch and len(batch) + len(groups[i]) > batch_size:
-                batches.append(batch)
-                batch = []
-            batch = batch + groups[i]
-        batches.append(batch)
+            if batches[-1] and len(batches[-1]) + len(groups[i]) > batch_size:
+                batches.append([])
+            batches[-1] += groups[i]
     return batches
 
 
@@ -152,32 +138,21 @@ def evaluate(differences, golds):
     golds: (N, 2) of chosen and rejected, or None where gold is not known.
     """
     d = differences.astype(np.float64)
-    if not len(d):
-        names = ("accuracy", "gold_accuracy", "bayes_accuracy", "log_loss", "bayes_log_loss", "ece")
-        return dict.fromkeys(names) | {"pairs": 0}
-
-    def softplus(x):
-        return np.logaddexp(0, x)
-
-    figures = {"accuracy": float(np.mean((d > 0) + 0.5 * (d == 0))), "log_loss": float(softplus(-d).mean())}
-    figures["ece"] = calibration_error(1 / (1 + np.exp(-d.clip(-500, 500))), np.ones(len(d), dtype=bool))
-    figures |= {"gold_accuracy": None, "bayes_accuracy": None, "bayes_log_loss": None}
-    if golds is not None:
+    names = ("accuracy", "log_loss", "ece", "gold_accuracy", "bayes_accuracy", "bayes_log_loss")
+    figures = dict.fromkeys(names) | {"pairs": len(d)}
+    if len(d):
+        figures["accuracy"] = float(np.mean((d > 0) + 0.5 * (d == 0)))
+        figures["log_loss"] = float(np.logaddexp(0, -d).mean())
+        figures["ece"] = calibration_error(1 / (1 + np.exp(-d.clip(-500, 500))), np.ones(len(d), dtype=bool))
+    if len(d) and golds is not None:
         delta = golds[:, 0] - golds[:, 1]
-        x = np.abs(delta) / labelers.TAU
-        p = labelers.prefer_probability(np.abs(delta), 0)
         agree = np.where(d == 0, 0.5, np.sign(d) == np.sign(delta))
         figures["gold_accuracy"] = float(agree[delta != 0].mean()) if (delta != 0).any() else None
+        x = np.abs(delta) / labelers.TAU
+        p = labelers.prefer_probability(np.abs(delta), 0)
         figures["bayes_accuracy"] = float(p.mean())
-        figures["bayes_log_loss"] = float((p * softplus(-x) + (1 - p) * softplus(x)).mean())
-    return figures | {"pairs": len(d)}
-
-
-def gold_of(pairs):
-    """(N, 2) gold scores of chosen and rejected; None unless every prompt is one of the built-in world."""
-    if any(reviews.dish_of(pair.prompt) is None for pair in pairs):
-        return None
-    return np.array([[reviews.gold(pair.prompt, text) for text in (pair.chosen, pair.rejected)] for pair in pairs])
+        figures["bayes_log_loss"] = float((p * np.logaddexp(0, -x) + (1 - p) * np.logaddexp(0, x)).mean())
+    return figures
 
 
 def train(config, lm, tokenizer, policy=None):
@@ -190,34 +165,35 @@ def train(config, lm, tokenizer, policy=None):
     room = data.prompt_room(block_size, config.max_new_tokens, config.lm)
 
     # ---- 1. prompts and preferences ----
-    from_files, skipped = data.read_pairs(config.prefs)
-    prompts = data.read_prompts(config.prompts, config.prompt_words) if config.prompts else []
-    if not prompts and config.prefs:
-        prompts = sorted({pair.prompt for pair in from_files} - {""})
-    if not prompts:
-        prompts = lm_prompts(config.lm, config.prompt_words)
+    pairs, skipped = data.read_pairs(config.prefs)
+    if config.prompts:
+        prompts = data.read_prompts(config.prompts, config.prompt_words)
+    else:
+        prompts = sorted({pair.prompt for pair in pairs} - {""}) or lm_prompts(config.lm, config.prompt_words)
     pairs_file = Path(config.out_dir) / "pairs.jsonl"
     if config.resume:
         pairs, _ = data.read_pairs([pairs_file])
-    else:
-        pairs = gather(config, policy or lm, tokenizer, prompts, from_files, skipped)
+    elif config.policy or not config.prefs:
+        pairs += sample_pairs(config, policy or lm, tokenizer, prompts)
+    if skipped and not config.resume:
+        print(f"{skipped} pairs skipped: equal answers, an empty answer, or different prompts")
     if len(pairs) < 8:
         raise UserError(f"{len(pairs)} preference pairs; at least 8 are needed")
     run = Run("rm", config, device)
-    golds = gold_of(pairs)
-    rows = [pair.row() for pair in pairs]
-    if golds is not None:
-        rows = [row | {"gold": list(gold)} for row, gold in zip(rows, golds)]
-    write_jsonl(pairs_file, rows)
 
-    # ---- 2. rows of ids and batches ----
-    train_pairs, held_out = data.split_pairs(pairs)
+    # ---- 2. rows of ids, their gold scores where known, and batches ----
     texts = Texts(tokenizer, block_size)
     for pair in pairs:
         texts.of_pair(pair)
     if texts.cut:
         print(f"{texts.cut} of {len(texts.rows)} texts were cut to the model's {block_size} tokens "
               "(prompts from the left, then answers from the right)")
+    golds = None
+    if all(reviews.dish_of(pair.prompt) for pair in pairs):
+        golds = np.array([reviews.gold(prompt, answer) for prompt, answer, _ in texts.index])  # in the order of texts.rows
+    write_jsonl(pairs_file, [pair.row() | ({} if golds is None else {"gold": golds[texts.of_pair(pair)].tolist()})
+                             for pair in pairs])
+    train_pairs, held_out = data.split_pairs(pairs)
     batches = make_batches(train_pairs, config.batch_size, config.epochs, config.seed)
     print(f"{len(train_pairs)} pairs to train on, {len(held_out)} held out, {len(texts.rows)} texts, {device}")
 
@@ -238,8 +214,7 @@ def train(config, lm, tokenizer, policy=None):
     run.catch_interrupts()
     bar = tqdm(range(first, len(batches)), initial=first, total=len(batches), desc="rm", mininterval=0.5)
     for step in bar:
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(config.lr, step, len(batches), config.warmup)
+        optimizer.param_groups[0]["lr"] = lr = learning_rate(config.lr, step, len(batches), config.warmup)
         batch = batches[step]
         numbers = torch.tensor([texts.of_pair(pair) for pair in batch])  # (N, 2): row numbers of chosen and rejected
         unique, places = numbers.unique(return_inverse=True)  # each text runs once, however many pairs it is in
@@ -259,19 +234,17 @@ def train(config, lm, tokenizer, policy=None):
         done = step + 1
         accuracy = ((chosen > rejected).float() + 0.5 * (chosen == rejected).float()).mean().item()
         bar.set_postfix_str(f"loss {loss.item():.3f}, accuracy {accuracy:.2f}", refresh=False)
-        run.log(step=done, lr=optimizer.param_groups[0]["lr"], loss=loss.item(), train_accuracy=accuracy)
+        run.log(step=done, lr=lr, loss=loss.item(), train_accuracy=accuracy)
         if done % config.save_every == 0 or run.interrupted:
             save(done)
         run.stop_if_interrupted("train_rm.py")
 
     # ---- 4. gain and bias: scores of reference samples get mean 0 and standard deviation 1 ----
-    some = [prompts[i] for i in data.order(len(prompts), 0, 0, 1024)] if prompts else [""] * 1024
-    rows, _ = data.encode_prompts(tokenizer, some, room)
+    rows, _ = data.encode_prompts(tokenizer, [prompts[i] for i in data.order(len(prompts), 0, 0, 1024)], room)
     generator = torch.Generator(device).manual_seed(config.seed)
-    samples = []
-    for rollout in generate_all(lm, rows, config.max_new_tokens, tokenizer.eos, generator=generator):
-        samples += [prompt + answer[mask].tolist() for answer, mask, prompt in
-                    zip(rollout.answers.cpu(), rollout.mask.cpu(), rows[len(samples):])]
+    rollout = generate(lm, rows, config.max_new_tokens, tokenizer.eos, generator=generator)
+    samples = [prompt + answer[mask].tolist()
+               for prompt, answer, mask in zip(rows, rollout.answers.cpu(), rollout.mask.cpu())]
     gain, bias = losses.calibration(score_texts(model, samples, config.dtype))
     model.gain.copy_(gain)
     model.bias.copy_(bias)
@@ -281,7 +254,7 @@ def train(config, lm, tokenizer, policy=None):
     scored = [pair for pair in held_out if not pair.tie]
     numbers = np.array([texts.of_pair(pair) for pair in scored], dtype=int).reshape(-1, 2)
     scores = score_texts(model, texts.rows, config.dtype).numpy()
-    figures = evaluate(scores[numbers[:, 0]] - scores[numbers[:, 1]], None if golds is None else gold_of(scored))
+    figures = evaluate(scores[numbers[:, 0]] - scores[numbers[:, 1]], None if golds is None else golds[numbers])
     write_json(run.folder / "eval.json", figures)
     run.log_samples([{"step": len(batches), "prompt": pair.prompt, "response": text,
                       "score": float(model.gain.cpu() * scores[number] + model.bias.cpu())}
