@@ -58,6 +58,10 @@ def sample_pairs(config, policy, tokenizer, prompts):
     wanted = config.num_pairs or {"gold": 20480, "human": 100}[config.labeler]
     spare = 1.5 if config.labeler == "human" else 1.0  # a person skips some
     chosen = [prompts[i] for i in data.order(len(prompts), config.seed, 0, math.ceil(spare * wanted / per_prompt))]
+    other = [prompt for prompt in chosen if not reviews.dish_of(prompt)]
+    if config.labeler == "gold" and other:
+        raise UserError(f"--labeler gold judges reviews of a dish, not answers to {other[0][:40]!r}; give pairs with --prefs, "
+                        "or label them yourself with --labeler human")
     room = data.prompt_room(policy.shape.block_size, config.max_new_tokens, config.policy or config.lm)
     ids, cut = data.encode_prompts(tokenizer, chosen, room)
     if cut:

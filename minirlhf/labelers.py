@@ -58,7 +58,7 @@ def prefer_probability(gold_a, gold_b):
 def label_by_gold(questions, seed):
     """Prefer by the gold score with Bradley-Terry noise; list of Pair."""
     rng = np.random.default_rng((seed, 2))
-    golds = np.array([[reviews.gold(q.prompt, answer) for answer in q.answers] for q in questions])  # (N, 2)
+    golds = np.array([[reviews.gold(q.prompt, answer) for answer in q.answers] for q in questions]).reshape(-1, 2)
     first_wins = rng.random(len(questions)) < prefer_probability(golds[:, 0], golds[:, 1])
     return [q.pair(0 if first else 1) for q, first in zip(questions, first_wins)]
 

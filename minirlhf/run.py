@@ -172,7 +172,8 @@ def load_checkpoint(run_dir, stages):
     if checkpoint["tokenizer"]["kind"] not in KINDS:
         raise UserError(f"{path}: its tokenizer is of the kind {checkpoint['tokenizer']['kind']!r}, unknown here")
     if checkpoint["stage"] not in stages:
-        raise UserError(f"{path}: holds {RESULTS[checkpoint['stage']]}; needed: {' or '.join(RESULTS[s] for s in stages)}")
+        held = RESULTS.get(checkpoint["stage"], f"the unknown stage {checkpoint['stage']!r}")
+        raise UserError(f"{path}: holds {held}; needed: {' or '.join(RESULTS[stage] for stage in stages)}")
     return checkpoint
 
 
@@ -211,8 +212,10 @@ def load_reward_model(run_dir, device):
 def lm_corpus(run_dir):
     """The text that a language model learned (data.Corpus)."""
     config = load_checkpoint(run_dir, LANGUAGE_MODELS)["config"]
+    if "data" not in config:  # a policy: what its language model learned
+        return lm_corpus(config["lm"])
     try:
-        return read_corpus(config["data"]) if "data" in config else lm_corpus(config["lm"])
+        return read_corpus(config["data"])
     except UserError as error:
         raise UserError(f"{error}: the text that {run_dir} learned; put it back, or name prompts with --prompts") from None
 

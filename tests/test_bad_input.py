@@ -279,6 +279,13 @@ def test_foreign_checkpoint(kind, refused, tmp_path):
     refused("rm", f"--lm {tmp_path}/run", f"{tmp_path}/run/ckpt.pt", "not a checkpoint of minirlhf")
 
 
+def test_a_checkpoint_of_an_unknown_stage(runs, refused, tmp_path):
+    checkpoint = torch.load(runs / "lm" / "ckpt.pt", weights_only=True) | {"stage": "world"}
+    (tmp_path / "run").mkdir()
+    torch.save(checkpoint, tmp_path / "run" / "ckpt.pt")
+    refused("rm", f"--lm {tmp_path}/run", f"{tmp_path}/run/ckpt.pt", "unknown stage 'world'; needed: a language model")
+
+
 @RUN_OPTIONS
 def test_foreign_checkpoint_of_every_option(stage, option, refused, tmp_path):
     (tmp_path / "run").mkdir()
@@ -505,6 +512,11 @@ def test_cuda_on_a_machine_without_it(stage, refused):
 ])
 def test_option_that_does_not_fit(stage, options, names, refused):
     refused(stage, options, *names)
+
+
+def test_the_gold_labeler_knows_one_world(refused, tmp_path):
+    (tmp_path / "prompts.txt").write_text("To be, or not to be\n")
+    refused("rm", f"--prompts {tmp_path}/prompts.txt", "--labeler gold", "'To be, or not to be'", "--prefs", "--labeler human")
 
 
 def test_few_pairs(refused, tmp_path):

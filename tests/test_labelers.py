@@ -116,6 +116,7 @@ def test_gold_labels_depend_on_the_seed_alone():
     questions = [Question(PROMPT, (" The chef was warm.", " The music was lovely."), (True, True))] * 200
     assert as_tuples(label_by_gold(questions, 1)) == as_tuples(label_by_gold(questions, 1))
     assert as_tuples(label_by_gold(questions, 1)) != as_tuples(label_by_gold(questions, 2))
+    assert label_by_gold([], 1) == []
 
 
 # ---- a person --------------------------------------------------------------------------------
