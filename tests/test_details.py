@@ -278,8 +278,18 @@ def test_command_measures_writes_and_goes_on_where_it_was(cli, runs, tmp_path, m
 
     code, text, _ = cli(details, f"--markdown --out {out}")
     lines = [line for line in text.splitlines() if line.startswith("|")]
-    assert code == 0 and len(lines) == 2 + len(details.DETAILS) and {line.count("|") for line in lines} == {9}
-    assert next(line for line in lines if line.startswith("| epochs |")).endswith(f"| {row['verdict']} |")
+    assert code == 0 and len(lines) == 2 + len(details.DETAILS) and {line.count("|") for line in lines} == {8}
+    assert f" | {row['gold_difference']:+.2f} ± {row['gold_se']:.2f}" in next(x for x in lines if x.startswith("| epochs |"))
+
+
+def test_markdown_says_for_each_figure_how_large_an_effect_there_can_be():
+    changed = [{"gold": gold, "kl": kl, "stopped": None} for gold, kl in ((1.0, 5.0), (2.0, 6.0), (3.0, 9.0))]
+    unchanged = [{"gold": gold + 1, "kl": 5.0, "stopped": None} for gold in (1.0, 2.0, 3.0)]
+    row = details.row_of(details.DETAILS[0], changed, unchanged)
+    assert "no effect on KL larger than 6.84" in row["verdict"]  # 5/3 + 4.303 sqrt(13/3 / 3), by hand
+    assert details.markdown([row]).endswith("| -1.00 ± 0.00 | +1.67 ± 1.20 (none > 6.84) |")
+    stopped = details.row_of(details.DETAILS[0], [changed[0] | {"stopped": "loss is nan: lower --lr"}, *changed[1:]], unchanged)
+    assert details.markdown([stopped]).endswith("| 1 of 6 runs stopped: loss is nan |  |")
 
 
 @pytest.mark.parametrize("arguments, words", [

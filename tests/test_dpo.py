@@ -190,7 +190,7 @@ def test_run_has_the_figures_of_ppo(trained, runs):
     assert figures["policy"].keys() == ppo["policy"].keys()
     assert figures["kl"] > 0.1
     # Of its own reward β log π/π_ref the policy's answers have the mean β KL, the reference's a negative one.
-    assert figures["policy"]["score"] == pytest.approx(0.1 * figures["kl"], rel=1e-4)
+    assert figures["policy"]["score"] == pytest.approx(dpo.Config().beta * figures["kl"], rel=1e-4)
     assert figures["reference"]["score"] < 0 and figures["win_rate_score"] > 0.6
 
 

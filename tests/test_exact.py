@@ -131,10 +131,12 @@ def toy(tmp_path_factory):
 
 
 @pytest.mark.parametrize("variant, beta", [("gae", 0.3)] + [(variant, 1.0) for variant in exact.VARIANTS])
-def test_train_ppo_reaches_the_optimum_that_theory_names(toy, variant, beta):
+def test_train_ppo_reaches_the_optimum_that_theory_names(toy, variant, beta, monkeypatch):
     """train_ppo.train itself, every way of it, against the closed form; nine tenths of the gap and more."""
     world, folder = toy
     options = dict(max_steps=30, batch_size=1024, minibatch_size=128, ppo_epochs=2)
+    monkeypatch.setattr(exact, "DPO_PAIRS", 5000)
+    monkeypatch.setattr(exact, "DPO", dict(lr=3e-3, batch_size=2048, epochs=16))
     row = exact.run_row(world, folder, variant, beta, 1, options)
     assert row["gap_closed"] >= 0.9
     assert row["kl_optimal"] < 0.1

@@ -175,7 +175,7 @@ def test_another_language_model_leaves_nothing_finished(runs, tmp_path):
     with open(tmp_path / "lm" / "ckpt.pt", "ab") as file:
         file.write(b"x")
     assert not before & {part.name for wave in overopt.plan(config) for part in wave}
-    assert len(before) == 1 + 6 + 6 * (4 + 1 + 1)
+    assert len(before) == 1 + 6 + 6 * (4 + 1 + 2)
 
 
 def test_another_option_leaves_the_parts_finished_that_it_does_not_touch(runs):

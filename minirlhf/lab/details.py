@@ -19,6 +19,7 @@ import math
 import multiprocessing
 import os
 import platform
+import re
 import statistics
 import time
 from dataclasses import asdict, dataclass, field, replace
@@ -38,8 +39,8 @@ from minirlhf.run import load_lm, load_reward_model, pick_device, write_json
 
 PPO = train_ppo.Config()  # what every run starts from
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # 97.5 % quantile of t, 1 to 9 degrees of freedom
-FOOTNOTE = ("gold and KL: difference to the unchanged code ± standard error over the seeds. Verdict: 95 % intervals (t), "
-            "of which one in twenty misses by chance.")
+FOOTNOTE = ("gold and KL: difference to the unchanged code ± standard error over the seeds. Verdict, and none > x (no effect "
+            "larger than x): 95 % intervals (t), of which one in twenty misses by chance.")
 
 
 @dataclass
@@ -249,8 +250,13 @@ def print_table(rows):
 
 
 def markdown(rows):
-    lines = [["detail", "where", "default", "source", "changed to", "gold", "KL", "verdict"], ["---"] * 8]
-    lines += [[row["name"], f"`{row['where']}`", row["default"], row["source"], row["change"], *cells(row)] for row in rows]
+    """The table for the README: the verdict stands in the cells of gold and KL, "none > x" for no effect larger than x."""
+    lines = [["detail", "where", "default", "source", "changed to", "gold", "KL"], ["---"] * 7]
+    for row in rows:
+        *differences, words = cells(row)
+        limits = [f" (none > {found[1]})" if (found := re.search("larger than (.+)", part)) else "" for part in words.split("; ")]
+        measured = [a + b for a, b in zip(differences, limits)] if differences[0] else [words, ""]
+        lines.append([row["name"], f"`{row['where']}`", row["default"], row["source"], row["change"], *measured])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 

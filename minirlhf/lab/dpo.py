@@ -21,7 +21,7 @@ class Config:
     lm: str = option("runs/lm", "language-model run: policy at the start, and frozen reference")
     prefs: str = option("runs/rm/pairs.jsonl", "preference pairs to learn from (.jsonl)")
     out_dir: str = option("runs/dpo", "run folder to write")
-    beta: float = option(0.1, "β, price of a nat of KL to the reference", low=1e-6)
+    beta: float = option(0.5, "β, price of a nat of KL to the reference", low=1e-6)
     epochs: int = option(1, "passes over the pairs", low=1)
     lr: float = option(1e-4, "learning rate, falling linearly to 0", low=0)
     batch_size: int = option(64, "pairs per step; those of one prompt stay together", low=1)

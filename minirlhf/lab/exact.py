@@ -242,8 +242,8 @@ VARIANTS = {  # options, and the optimum that theory names
     "gae+stop_kl": (dict(stop_kl=0.02), "π*"),
     "dpo": (None, "π*"),  # minirlhf/lab/dpo.py, on preferences between answers of the reference
 }
-DPO = dict(lr=2e-3, batch_size=512, epochs=2)
-DPO_PAIRS = 40_000  # to each prompt
+DPO = dict(lr=3e-3, batch_size=8192, epochs=64)
+DPO_PAIRS = 30_000  # to each prompt
 
 
 def train_reference(world, folder):

@@ -36,7 +36,7 @@ from minirlhf.generate import generate_all
 from minirlhf.run import lm_prompts, load_checkpoint, load_lm, load_reward_model, pick_device, write_json
 
 MAX_NEW_TOKENS = 48
-DPO_BETA = 0.1
+DPO_BETAS = (0.1, 0.5)
 QUICK = dict(sizes="1024,8192", seeds="1", betas="0.1", steps=24, beta_steps=16, lr=6e-4, best_prompts=32, best_answers=256)
 
 
@@ -232,7 +232,8 @@ def plan(config):
                 more = {"beta": beta, "steps": steps, "lr": config.lr}
                 second.append(part("ppo", f"{label}-b{beta:g}", 8 + pace * steps, **same, **more))
             second.append(part("best_of_n", label, answers / 1500, **same, samples=first[0].name))
-            second += [part("dpo", label, 10 + pairs / 350, **same, beta=DPO_BETA)] * config.dpo
+            for beta in DPO_BETAS * config.dpo:
+                second.append(part("dpo", f"{label}-b{beta:g}", 10 + pairs / 350, **same, beta=beta))
     return [sorted(wave, key=lambda p: -p.cost) for wave in (first, second)]  # long ones first: no worker waits at the end
 
 
