@@ -136,7 +136,7 @@ def test_train_ppo_reaches_the_optimum_that_theory_names(toy, variant, beta, mon
     world, folder = toy
     options = dict(max_steps=30, batch_size=1024, minibatch_size=128, ppo_epochs=2)
     monkeypatch.setattr(exact, "DPO_PAIRS", 5000)
-    monkeypatch.setattr(exact, "DPO", dict(lr=3e-3, batch_size=2048, epochs=16))
+    monkeypatch.setattr(exact, "DPO", dict(lr=5e-3, batch_size=1024, epochs=16))
     row = exact.run_row(world, folder, variant, beta, 1, options)
     assert row["gap_closed"] >= 0.9
     assert row["kl_optimal"] < 0.1
