@@ -158,7 +158,7 @@ def evaluate(config, policy, reference, score_rollout, tokenizer, prompts, promp
             finished.append(rollout.finished.float().cpu())
             if name == "policy":
                 with autocast(device, config.dtype):
-                    log_ratio = (answer_logprobs(policy, rollout, config.temperature)[0]
+                    log_ratio = (answer_logprobs(policy, rollout, config.temperature, rollout.states)[0]
                                  - answer_logprobs(reference, rollout, config.temperature)[0])
                 kl.append(log_ratio.sum(1).cpu())
         per_answer[name] = {"score": torch.cat(scores).cpu()}
@@ -348,7 +348,8 @@ def train(config, policy, reward_model, tokenizer, reward_fn=None):
         chosen = chosen.repeat(config.samples_per_prompt)  # answers to one prompt stand together
         batch_prompts = [train_prompts[i] for i in chosen]
         batch_ids = [train_ids[i] for i in chosen]
-        rollout = generate(policy, batch_ids, config.max_new_tokens, tokenizer.eos, config.temperature)
+        with autocast(device, config.dtype):
+            rollout = generate(policy, batch_ids, config.max_new_tokens, tokenizer.eos, config.temperature)
         mask = rollout.mask  # (B, A)
         responses = rollout.texts(tokenizer)
 
@@ -363,8 +364,13 @@ def train(config, policy, reward_model, tokenizer, reward_fn=None):
 
         # ---- 3. log-probs under policy and reference, values: those of token t come from position t - 1 ----
         with torch.no_grad(), autocast(device, config.dtype):
-            hidden = rollout.hidden(forward)  # (B, A, C)
+            hidden, sampler_gap = rollout.states, None  # (B, A, C)
+            if config.dtype == "bfloat16":  # one token at a time rounds differently: score with the forward of step 6
+                sampled_logprobs, _ = answer_logprobs(policy, rollout, config.temperature, hidden)
+                hidden = rollout.hidden(forward)
             old_logprobs, entropy = answer_logprobs(policy, rollout, config.temperature, hidden)  # (B, A) each
+            if config.dtype == "bfloat16":
+                sampler_gap = losses.masked_mean((sampled_logprobs - old_logprobs).abs(), mask).item()
             spread = surprisal_variance(hidden, policy.head_weight, mask, config.temperature)  # (B, A)
             if value_trunk is not None:
                 hidden = rollout.hidden(value_forward)
@@ -456,7 +462,8 @@ def train(config, policy, reward_model, tokenizer, reward_fn=None):
             "step": done, "episodes": done * config.batch_size, "lr": optimizers[0].param_groups[0]["lr"],
             "score": scores.mean().item(), "reward": (scores - penalties).mean().item() - kl_coef * kl,
             "kl": kl, "kl_k3": k3.sum(1).mean().item(), "kl_coef": kl_coef,
-            "entropy": losses.masked_mean(entropy, mask).item(), "ratio_first": ratio_first, "approx_kl": approx_kl,
+            "entropy": losses.masked_mean(entropy, mask).item(), "sampler_gap": sampler_gap, "ratio_first": ratio_first,
+            "approx_kl": approx_kl,
             "clip_frac": clip_frac, "policy_loss": policy_loss, "value_loss": value_loss,
             "explained_variance": explained_variance, "length": mask.sum(1).float().mean().item(),
             "eos_rate": rollout.finished.float().mean().item(),

@@ -25,13 +25,13 @@ RULES = {
     # Old and new log-probs of the first minibatch come from the same weights, so only rounding may part them: 4e-6 on a
     # CPU, 0.06 under bfloat16.
     "ratio": Rule(("ratio_first",), 1e-3, 1, lambda limit, ratio: ratio > limit,
-                  "π_new / π_old differs from 1 by {ratio_first:.2g} before any update: dropout, or other padding, "
-                  "positions, temperature or dtype in one of the two passes", bfloat16=0.5),
-    # Standard deviations. Sampling is always fp32; scoring in bfloat16 shifts a token's mean by 2e-4 nats, far too little.
+                  "π_new / π_old differs from 1 by {ratio_first:.2g} before any update: dropout, samples of another "
+                  "policy, or other padding, positions, temperature or dtype in sampling than in training", bfloat16=0.5),
+    # Standard deviations.
     "sampling": Rule(("sampling_z",), 5.0, 1, lambda limit, z: abs(z) > limit,
                      "the samples do not come from the distribution they are scored with (sampling_z {sampling_z:+.1f}): "
-                     "top-k, top-p or a low temperature in sampling (negative), a high one (positive), samples of another "
-                     "policy, or a cached forward that disagrees with the full one"),
+                     "top-k, top-p or a low temperature in sampling (negative), a high one (positive), or samples of "
+                     "another policy"),
     # Standard errors; 1e-3 nats for rounding. Single rollouts may fall below by chance, k1 being skewed.
     "negative_kl": Rule(("kl", "kl_se"), 3.0, 3, lambda limit, kl, se: kl < -limit * se - 1e-3,
                         "the KL to the reference is {kl:.3g} ± {kl_se:.2g} nats, and no KL is negative: policy and "

@@ -25,12 +25,15 @@ class Rollout:
     start: int64 (B,), padded slots on the left; None if there are none.
     mask: bool (B, A), True for the tokens that the policy chose, eos included.
     finished: bool (B,), did the answer end with eos?
+    states: (B, A, C), the hidden states that the tokens were drawn from, so that their log-probs and values need no
+    further forward; None where the answers were not sampled here.
     """
 
     ids: torch.Tensor
     start: torch.Tensor | None
     mask: torch.Tensor
     finished: torch.Tensor
+    states: torch.Tensor | None = None
 
     @property
     def prompt_length(self):
@@ -54,8 +57,14 @@ class Rollout:
         return Rollout(self.ids[index, : self.prompt_length + A], start, mask[:, :A], self.finished[index])
 
     def hidden(self, model):
-        """model's hidden states (B, A, C) for the answers: the one at t comes from position t - 1."""
-        return model(self.ids[:, :-1], self.start)[:, self.prompt_length - 1:]
+        """model's hidden states (B, A, C) for the answers: the one at t comes from position t - 1.
+
+        Without gradients a few rows at a time, whose activations fit into a CPU's cache.
+        """
+        size = len(self.ids) if torch.is_grad_enabled() else 256
+        starts = itertools.repeat(None) if self.start is None else self.start.split(size)
+        hidden = [model(ids[:, :-1], start)[:, self.prompt_length - 1:] for ids, start in zip(self.ids.split(size), starts)]
+        return torch.cat(hidden) if len(hidden) > 1 else hidden[0]
 
     def texts(self, tokenizer):
         """The answers as text, eos left out."""
@@ -99,9 +108,12 @@ def generate(model, prompts, max_new_tokens, eos, temperature=1.0, generator=Non
     mask = torch.zeros(B, A, dtype=torch.bool, device=device)
     start = None if start is None else start.to(device)
     rows, alive = torch.arange(B, device=device), torch.ones(B, dtype=torch.bool, device=device)
-    cache = KVCache(model.shape, B, P + A, device, model.head_weight.dtype)
+    bf16 = torch.is_autocast_enabled(device.type)
+    cache = KVCache(model.shape, B, P + A, device, torch.bfloat16 if bf16 else model.head_weight.dtype)
     hidden = model(ids[:, :P], start, cache)[:, -1]  # (B, C)
+    states = hidden.new_zeros(B, A, hidden.size(1))
     for t in range(A):
+        states[rows, t] = hidden
         token = sample(hidden @ model.head_weight.T, temperature, generator)  # (rows,)
         ids[rows, P + t] = torch.where(alive, token, 0)
         mask[rows, t] = alive
@@ -114,7 +126,7 @@ def generate(model, prompts, max_new_tokens, eos, temperature=1.0, generator=Non
             rows, token, alive = rows[alive], token[alive], alive[alive]
         hidden = model(token[:, None], None if start is None else start[rows], cache)[:, -1]
     finished = (ids[:, P:] == eos).any(1)
-    return Rollout(ids[:, : P + t + 1], start, mask[:, : t + 1], finished)
+    return Rollout(ids[:, : P + t + 1], start, mask[:, : t + 1], finished, states[:, : t + 1])
 
 
 def generate_all(model, prompts, max_new_tokens, eos, temperature=1.0, generator=None, batch_size=1024):

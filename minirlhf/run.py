@@ -59,6 +59,7 @@ KEYS = {
         "entropy": "of the policy's next-token distribution, mean per token, nats",
         "sampling_z": "surprise at the sampled tokens less its mean, in standard deviations: beyond ±5 they were not "
                       "drawn from the distribution they are scored with (losses.sampling_z)",
+        "sampler_gap": "with bfloat16: mean |log-prob while sampling - log-prob in a forward over the whole answer|, nats",
         "ratio_first": "largest |π_new / π_old - 1| in the rollout's first minibatch: 0 but for rounding",
         "approx_kl": "k3 of KL(old || new), mean per token over the update",
         "clip_frac": "share of tokens whose ratio was outside the clip, over the update",

@@ -446,7 +446,7 @@ def test_kl_in_the_loss_leaves_the_reward_alone_and_holds_the_policy(estimator, 
             assert row["reward"] == pytest.approx(row["score"] - kl_coef * row["kl"], abs=1e-4)
         return rows[-1]["kl_k3"]
 
-    assert last_kl(5.0) < 0.3 * last_kl(0.0)
+    assert last_kl(5.0) < 0.5 * last_kl(0.0)
 
 
 def test_the_controller_steers_a_kl_in_the_loss(ppo):

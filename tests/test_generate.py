@@ -384,3 +384,24 @@ def test_command_line_mistakes_are_one_line_and_exit_2(runs, cli, arguments, say
     code, out, err = cli(generate_script, arguments.format(runs=runs))
     assert code == 2 and says in err
     assert len(err.strip().splitlines()) == 1 and "Traceback" not in err
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_states_are_those_of_a_forward_over_the_whole_answer(tiny_gpt, temperature):
+    """Prompts of different lengths, answers that end early, rows that leave the batch."""
+    model = tiny_gpt(vocab_size=5, block_size=40)
+    prompts = [[4] + [1, 2, 3, 0][:n] for n in (0, 4, 2, 3)] * 6
+    torch.manual_seed(0)
+    rollout = generate(model, prompts, 30, eos=4, temperature=temperature)
+    assert 1 < rollout.mask.sum(1).min() + 1 < rollout.mask.size(1)
+    torch.testing.assert_close(rollout.states[rollout.mask], rollout.hidden(model)[rollout.mask], rtol=0, atol=1e-5)
+
+
+def test_hidden_in_pieces_equals_hidden_at_once(tiny_gpt):
+    model = tiny_gpt(vocab_size=5, block_size=12)
+    for prompts in ([[4, 1, 2]] * 600, [[4], [4, 1, 2]] * 300):
+        rollout = generate(model, prompts, 6, eos=4)
+        with torch.no_grad():
+            pieces = rollout.hidden(model)
+        assert pieces.shape == rollout.states.shape
+        torch.testing.assert_close(pieces[rollout.mask], rollout.hidden(model)[rollout.mask], rtol=0, atol=1e-5)

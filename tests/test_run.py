@@ -288,7 +288,7 @@ def test_ppos_figures(runs):
 METRICS = {
     "lm": {"step", "seconds", "lr", "loss", "tokens_per_second", "val_loss", "bits_per_byte"},
     "rm": {"step", "seconds", "lr", "loss", "train_accuracy"},
-    "ppo": set("step episodes seconds lr score gold reward kl kl_k3 kl_coef entropy ratio_first approx_kl clip_frac "
+    "ppo": set("step episodes seconds lr score gold reward kl kl_k3 kl_coef entropy sampler_gap ratio_first approx_kl clip_frac "
                "policy_loss value_loss explained_variance length eos_rate sampling_z kl_se score_std".split()),
 }
 

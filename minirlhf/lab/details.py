@@ -81,7 +81,7 @@ def hide_eos(model, prompts, max_new_tokens, eos, temperature):
     rollout = generate(model, prompts, max_new_tokens, eos, temperature)
     lengths = (rollout.mask.sum(1) - rollout.finished.long()).clamp(min=1)
     mask = torch.arange(rollout.mask.size(1), device=lengths.device) < lengths[:, None]
-    hidden = EosBehindMask(rollout.ids, rollout.start, mask, rollout.finished)
+    hidden = EosBehindMask(rollout.ids, rollout.start, mask, rollout.finished, rollout.states)
     hidden.last = rollout.last
     return hidden
 
