@@ -17,10 +17,10 @@ from tqdm import tqdm
 from minirlhf import data
 from minirlhf.config import UserError, command, option, parse
 from minirlhf.generate import generate
-from minirlhf.logprobs import cross_entropy
+from minirlhf.logprobs import PATHS, cross_entropy
 from minirlhf.model import GPT, Shape
-from minirlhf.run import (Run, autocast, learning_rate, load_lm, pick_device, refuse_inputs_in_out_dir, saved_config,
-                          write_json)
+from minirlhf.run import (Run, autocast, check_compiler, learning_rate, load_lm, pick_device, refuse_inputs_in_out_dir,
+                          saved_config, write_json)
 from minirlhf.tokenizer import BPE
 
 
@@ -51,6 +51,7 @@ class Config:
     device: str = option("auto", "cpu, cuda, mps or auto")
     dtype: str = option("float32", "bfloat16: autocast", choices=("float32", "bfloat16"))
     compile: bool = option(False, "run the training forward through torch.compile")
+    logprobs: str = option("auto", "how log-probs are formed from hidden states, see minirlhf/logprobs.py", choices=PATHS)
     resume: bool = option(False, "go on from out_dir's checkpoint, with its options")
 
 
@@ -68,7 +69,7 @@ def make_optimizers(model, config):
 
 
 @torch.no_grad()
-def evaluate(model, corpus, tokenizer, dtype, batch_size=64):
+def evaluate(model, corpus, tokenizer, dtype, path="auto", batch_size=64):
     """(nats per token, bits per byte) over the whole held-out split, each token scored once.
 
     A text longer than the block is read in windows that overlap by half, and a token is scored in
@@ -92,8 +93,8 @@ def evaluate(model, corpus, tokenizer, dtype, batch_size=64):
         scored = (slots >= torch.tensor(first)[:, None]) & (slots < last[:, None])  # (B, T')
         targets = ids[:, 1:].masked_fill(~scored, -100)
         with autocast(device, dtype):
-            logits = model(ids[:, :-1].to(device)) @ model.head_weight.T
-        nats += cross_entropy(logits.float(), targets.to(device), reduction="sum").item()
+            loss = cross_entropy(model(ids[:, :-1].to(device)), model.head_weight, targets.to(device), "sum", path)
+        nats += loss.item()
     num_bytes = sum(len(text.encode()) for text in [*map("".join, corpus.held_out), *corpus.held_out_streams])
     return nats / sum(len(ids) - 1 for ids in texts), nats / (math.log(2) * num_bytes)
 
@@ -103,6 +104,7 @@ def train(config, corpus, tokenizer=None):
     device = pick_device(config.device)
     if config.n_embd % config.n_head:
         raise UserError(f"--n_embd {config.n_embd} must be divisible by --n_head {config.n_head}")
+    check_compiler(config, device)
 
     # ---- setup ----
     run = Run("lm", config, device)
@@ -135,8 +137,8 @@ def train(config, corpus, tokenizer=None):
                 group["lr"] = learning_rate(peak, step, config.max_steps, config.warmup)
         inputs, targets = windows.batch(config.seed, step, config.batch_size)  # (B, T) each
         with autocast(device, config.dtype):
-            logits = forward(inputs.to(device)) @ model.head_weight.T  # (B, T, V)
-        loss = cross_entropy(logits.float(), targets.to(device))
+            hidden = forward(inputs.to(device))  # (B, T, C)
+            loss = cross_entropy(hidden, model.head_weight, targets.to(device), path=config.logprobs)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
         run.check_finite(step, loss=loss.item(), gradient=norm.item())
@@ -151,7 +153,7 @@ def train(config, corpus, tokenizer=None):
         row = {"step": done, "loss": loss.item(), "lr": optimizers[0].param_groups[0]["lr"]}
         if done % config.eval_every == 0 or last:
             speed = seen / (time.time() - clock)
-            val_loss, bits_per_byte = evaluate(model, corpus, tokenizer, config.dtype)
+            val_loss, bits_per_byte = evaluate(model, corpus, tokenizer, config.dtype, config.logprobs)
             run.check_finite(done, val_loss=val_loss)
             figures = {"val_loss": val_loss, "bits_per_byte": bits_per_byte, "tokens_per_second": speed}
             run.log(**row, **figures)

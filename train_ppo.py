@@ -30,10 +30,10 @@ from minirlhf import data, losses, reviews
 from minirlhf.config import UserError, command, option, parse
 from minirlhf.doctor import Doctor
 from minirlhf.generate import columns, generate, generate_all
-from minirlhf.logprobs import cross_entropy, surprisal_variance, token_logprobs
+from minirlhf.logprobs import PATHS, cross_entropy, token_logprobs, token_stats
 from minirlhf.model import ScalarHead
-from minirlhf.run import (Run, autocast, learning_rate, lm_corpus, lm_prompts, load_lm, load_reward_model, pick_device,
-                          refuse_inputs_in_out_dir, saved_config, write_json)
+from minirlhf.run import (Run, autocast, check_compiler, learning_rate, lm_corpus, lm_prompts, load_lm, load_reward_model,
+                          pick_device, refuse_inputs_in_out_dir, saved_config, write_json)
 
 
 @dataclass
@@ -90,6 +90,7 @@ class Config:
     device: str = option("auto", "cpu, cuda, mps or auto")
     dtype: str = option("float32", "bfloat16: autocast", choices=("float32", "bfloat16"))
     compile: bool = option(False, "run the training forward through torch.compile")
+    logprobs: str = option("auto", "how log-probs are formed from hidden states, see minirlhf/logprobs.py", choices=PATHS)
     resume: bool = option(False, "go on from out_dir's checkpoint, with its options")
 
 
@@ -158,8 +159,8 @@ def evaluate(config, policy, reference, score_rollout, tokenizer, prompts, promp
             finished.append(rollout.finished.float().cpu())
             if name == "policy":
                 with autocast(device, config.dtype):
-                    log_ratio = (answer_logprobs(policy, rollout, config.temperature, rollout.states)[0]
-                                 - answer_logprobs(reference, rollout, config.temperature)[0])
+                    log_ratio = (answer_logprobs(policy, rollout, config.temperature, rollout.states)
+                                 - answer_logprobs(reference, rollout, config.temperature))
                 kl.append(log_ratio.sum(1).cpu())
         per_answer[name] = {"score": torch.cat(scores).cpu()}
         if gold_known:
@@ -178,10 +179,10 @@ def evaluate(config, policy, reference, score_rollout, tokenizer, prompts, promp
     return figures, texts, {name: columns[key].tolist() for name, columns in per_answer.items()}
 
 
-def answer_logprobs(model, rollout, temperature, hidden=None):
-    """(logprobs, entropy) of the answers' tokens under a model, both (B, A)."""
+def answer_logprobs(model, rollout, temperature, hidden=None, path="auto"):
+    """Log-probs of the answers' tokens under a model (B, A). hidden: its states, where they are known (B, A, C)."""
     hidden = rollout.hidden(model) if hidden is None else hidden
-    return token_logprobs(hidden, model.head_weight, rollout.answers, rollout.mask, temperature)
+    return token_logprobs(hidden, model.head_weight, rollout.answers, rollout.mask, temperature, path)
 
 
 def print_comparison(prompts, texts, scores):
@@ -266,6 +267,7 @@ def train(config, policy, reward_model, tokenizer, reward_fn=None):
 
     # ---- setup ----
     device = policy.head_weight.device
+    check_compiler(config, device)
     prompts = choose_prompts(config)
     train_prompts, held_out = data.split(prompts, key=str)
     held_out = held_out or train_prompts
@@ -366,16 +368,16 @@ def train(config, policy, reward_model, tokenizer, reward_fn=None):
         with torch.no_grad(), autocast(device, config.dtype):
             hidden, sampler_gap = rollout.states, None  # (B, A, C)
             if config.dtype == "bfloat16":  # one token at a time rounds differently: score with the forward of step 6
-                sampled_logprobs, _ = answer_logprobs(policy, rollout, config.temperature, hidden)
+                sampled_logprobs = answer_logprobs(policy, rollout, config.temperature, hidden, config.logprobs)
                 hidden = rollout.hidden(forward)
-            old_logprobs, entropy = answer_logprobs(policy, rollout, config.temperature, hidden)  # (B, A) each
+            old_logprobs, entropy, spread = token_stats(hidden, policy.head_weight, rollout.answers, mask,
+                                                        config.temperature, config.logprobs)  # (B, A) each
             if config.dtype == "bfloat16":
                 sampler_gap = losses.masked_mean((sampled_logprobs - old_logprobs).abs(), mask).item()
-            spread = surprisal_variance(hidden, policy.head_weight, mask, config.temperature)  # (B, A)
             if value_trunk is not None:
                 hidden = rollout.hidden(value_forward)
             old_values = value_head(hidden).masked_fill(~mask, 0.0)  # (B, A)
-            ref_logprobs, _ = answer_logprobs(reference, rollout, config.temperature)
+            ref_logprobs = answer_logprobs(reference, rollout, config.temperature, path=config.logprobs)
 
         # ---- 4. reward = score at the last token - β KL per token ----
         k1, k3 = losses.kl_estimates(old_logprobs, ref_logprobs)  # (B, A) each, 0 behind the mask
@@ -409,7 +411,7 @@ def train(config, policy, reward_model, tokenizer, reward_fn=None):
                 A = part_mask.size(1)
                 with autocast(device, config.dtype):
                     hidden = part.hidden(forward)
-                    new_logprobs, _ = answer_logprobs(policy, part, config.temperature, hidden)
+                    new_logprobs = answer_logprobs(policy, part, config.temperature, hidden, config.logprobs)
                     if value_trunk is not None:
                         hidden = part.hidden(value_forward)
                     new_values = value_head(hidden)
@@ -429,8 +431,9 @@ def train(config, policy, reward_model, tokenizer, reward_fn=None):
                     inputs, targets = windows.batch(config.seed, ptx_step, config.minibatch_size)  # (rows, T) each
                     ptx_step += 1
                     with autocast(device, config.dtype):
-                        logits = forward(inputs.to(device)) @ policy.head_weight.T
-                    loss = loss + config.ptx_coef * cross_entropy(logits.float(), targets.to(device))
+                        ptx_loss = cross_entropy(forward(inputs.to(device)), policy.head_weight, targets.to(device),
+                                                 path=config.logprobs)
+                    loss = loss + config.ptx_coef * ptx_loss
                 loss.backward()
                 norm = nn.utils.clip_grad_norm_(trained.parameters(), config.grad_clip)
                 run.check_finite(step, loss=loss.item(), gradient=norm.item())
@@ -477,7 +480,7 @@ def train(config, policy, reward_model, tokenizer, reward_fn=None):
         bar.set_postfix_str(f"score {row['score']:+.2f}, kl {kl:.2f}{gold_figure}", refresh=False)
         if config.explain:
             with torch.no_grad():
-                new_logprobs, _ = answer_logprobs(policy, rollout, config.temperature)
+                new_logprobs = answer_logprobs(policy, rollout, config.temperature)
             n = int(mask[0].sum())
             numbers = {
                 (3, "log-prob"): old_logprobs, (3, "reference"): ref_logprobs, (3, "value"): old_values,

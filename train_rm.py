@@ -19,8 +19,8 @@ from minirlhf import data, labelers, losses, reviews
 from minirlhf.config import UserError, command, option, parse
 from minirlhf.generate import generate, generate_all
 from minirlhf.model import RewardModel
-from minirlhf.run import (Run, autocast, learning_rate, lm_prompts, load_lm, pick_device, refuse_inputs_in_out_dir,
-                          saved_config, write_json, write_jsonl)
+from minirlhf.run import (Run, autocast, check_compiler, learning_rate, lm_prompts, load_lm, pick_device,
+                          refuse_inputs_in_out_dir, saved_config, write_json, write_jsonl)
 
 
 @dataclass

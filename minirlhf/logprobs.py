@@ -1,12 +1,27 @@
-"""Log-probabilities of tokens, and the cross-entropy made of them.
+"""Log-probabilities of tokens, and the cross-entropy made of them: three paths, one result.
 
     log softmax(z)_i = z_i - log sum_j exp(z_j)            (computed after subtracting max z)
     cross-entropy(z, target) = -log softmax(z)_target      (torch.nn.CrossEntropyLoss = LogSoftmax + NLLLoss)
 
+The logits z = hidden @ weight.T, N rows of V tokens, are by far the largest tensor of a language model. The paths differ
+in how often such a tensor is written to memory:
+
+    plain      the definition, operation by operation: many times
+    compiled   once forward, once backward: what follows the matrix product is one region, fused by torch.compile
+    chunked    never: a chunk of rows at a time, whose logits are formed again for the gradient
+
 One temperature for every log-prob of a run: rollout, old, reference and new alike. Next: generate.py.
 """
 
+import functools
+
 import torch
+from torch.nn import functional as F
+
+from minirlhf.run import can_compile
+
+PATHS = ("auto", "plain", "compiled", "chunked")
+CHUNK = 2**24  # logits held at a time: 64 MB in fp32
 
 
 def log_softmax(logits):
@@ -15,41 +30,170 @@ def log_softmax(logits):
     return shifted - shifted.exp().sum(-1, keepdim=True).log()
 
 
-def cross_entropy(logits, targets, ignore_index=-100, reduction="mean"):
-    """Negative log-likelihood of targets, in nats.
+# ---- public: hidden states in, log-probs out -------------------------------------------------
 
-    logits (..., V), targets int64 (...). Positions whose target is ignore_index count nothing.
-    reduction: "none" (...), "sum", or "mean" over the positions that count.
+
+def token_logprobs(hidden, weight, targets, mask, temperature=1.0, path="auto"):
+    """Log-probability of each token the policy chose, with gradients to hidden and weight.
+
+    hidden (B, T, C), weight (V, C), targets int64 (B, T), mask bool (B, T). Position t of hidden is the one that predicts
+    target t. Returns (B, T), fp32, in nats, 0 where the mask is False; nothing behind the mask is looked at.
     """
-    counted = targets != ignore_index
-    index = targets.masked_fill(~counted, 0)
-    nll = -log_softmax(logits).gather(-1, index[..., None]).squeeze(-1)
-    nll = nll.masked_fill(~counted, 0.0)
+    return token_stats(hidden, weight, targets, mask, temperature, path, moments=False)[0]
+
+
+def token_stats(hidden, weight, targets, mask, temperature=1.0, path="auto", moments=True):
+    """(logprobs, entropy, variance), (B, T) each, as above: entropy in nats is the mean of -log π over all V tokens,
+    variance in nats² that of -log π. Both are for the log: they carry no gradient. Without `moments` they are None."""
+    hidden, targets = hidden[mask] / temperature, targets[mask]  # (N, C), (N,), N = mask.sum()
+    path = choose_path(path, len(hidden), weight)
+    if path == "plain":
+        columns = select(hidden @ weight.T, targets, moments)
+    elif path == "compiled":
+        columns = Compiled.apply(hidden @ weight.T, targets, moments)
+    else:
+        device = hidden.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        columns = Chunked.apply(hidden, weight, targets, moments, dtype, max(16, CHUNK // len(weight)))
+    zeros = torch.zeros(mask.shape, device=hidden.device, dtype=columns[0].dtype)
+    return [None if column is None else zeros.masked_scatter(mask, column) for column in columns]
+
+
+def cross_entropy(hidden, weight, targets, reduction="mean", path="auto"):
+    """Negative log-likelihood of targets, in nats, with gradients to hidden and weight.
+
+    hidden (B, T, C), weight (V, C), targets int64 (B, T). Positions whose target is -100 count nothing.
+    reduction: "none" (B, T), "sum", or "mean" over the positions that count.
+    """
+    counted = targets != -100
+    nll = -token_logprobs(hidden, weight, targets, counted, path=path)
     if reduction == "none":
         return nll
     return nll.sum() / counted.sum() if reduction == "mean" else nll.sum()
 
 
-def token_logprobs(hidden, weight, targets, mask, temperature=1.0):
-    """Log-probability of each token the policy chose, and the entropy it was chosen from.
+def choose_path(path, N, weight):
+    """auto: chunked where the logits alone, in fp32, would fill a sixteenth of the GPU's memory, or 1 GB elsewhere; else
+    compiled on CUDA, where passes over memory are what costs; else plain, as a small vocabulary gains nothing there."""
+    if path != "auto":
+        return path
+    cuda = weight.device.type == "cuda"
+    limit = torch.cuda.get_device_properties(weight.device).total_memory / 16 if cuda else 2**30
+    if 4 * N * len(weight) > limit:
+        return "chunked"
+    return "compiled" if cuda and can_compile("cuda") else "plain"
 
-    hidden (B, T, C), weight (V, C), targets int64 (B, T), mask bool (B, T). Position t of hidden
-    is the one that predicts target t. Returns logprobs (B, T) with gradients and entropy (B, T)
-    without, fp32, in nats, 0 where the mask is False; nothing behind the mask is looked at.
-    """
-    logits = (hidden[mask] @ weight.T).float() / temperature  # (N, V), N = mask.sum()
-    all_logprobs = log_softmax(logits)
-    chosen = all_logprobs.gather(-1, targets[mask][:, None]).squeeze(-1)  # (N,)
+
+# ---- the region and its gradient, as torch.compile fuses them --------------------------------
+
+
+def select(logits, targets, moments):
+    """logits (N, V), targets (N,) -> log-probs of the targets, and with `moments` mean and variance of -log π, (N,) each."""
+    all_logprobs = log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)))
+    logprobs = all_logprobs.gather(-1, targets[:, None]).squeeze(-1)
+    if not moments:
+        return logprobs, None, None
     with torch.no_grad():
-        entropy = -(all_logprobs.exp() * all_logprobs).sum(-1)  # (N,)
-    zeros = torch.zeros(mask.shape, device=hidden.device)
-    return zeros.masked_scatter(mask, chosen), zeros.masked_scatter(mask, entropy)
+        weighted = all_logprobs.exp() * all_logprobs
+        mean = weighted.sum(-1)
+        return logprobs, -mean, ((weighted * all_logprobs).sum(-1) - mean**2).clamp(min=0)
 
 
-@torch.no_grad()
-def surprisal_variance(hidden, weight, mask, temperature=1.0):
-    """Var(-log π) of each next-token distribution, (B, T) in nats², 0 where the mask is False. Its mean is the entropy."""
-    all_logprobs = log_softmax((hidden[mask] @ weight.T).float() / temperature)  # (N, V)
-    weighted = all_logprobs.exp() * all_logprobs
-    variance = ((weighted * all_logprobs).sum(-1) - weighted.sum(-1) ** 2).clamp(min=0)  # (N,)
-    return torch.zeros(mask.shape, device=hidden.device).masked_scatter(mask, variance)
+def select_gradient(logits, targets, logprobs, grad):
+    """The logits (N, V) become the gradient grad (1[v = target] - softmax), where grad (N,) is that of the log-probs.
+
+    softmax = exp(z - z[target] + log-prob of the target), so nothing of size (N, V) has to be kept from forward.
+    """
+    z = logits.to(logprobs.dtype)  # fp32 logits themselves, or a copy
+    is_target = torch.arange(z.size(-1), device=z.device) == targets[:, None]
+    z.sub_(z.gather(-1, targets[:, None])).add_(logprobs[:, None]).exp_()
+    return logits.copy_(z.add_(is_target, alpha=-1).mul_(-grad[:, None]))
+
+
+@functools.cache
+def fused(function):
+    """function, compiled once for any number of rows."""
+    compiled = torch.compile(function)
+
+    def call(*inputs):
+        for x in inputs:
+            if torch.is_tensor(x):
+                torch._dynamo.mark_dynamic(x, 0)
+        return compiled(*inputs)
+
+    return call
+
+
+def first_of(ctx, columns, N):
+    """What a forward returns: N rows of its columns, of which only the log-probs carry a gradient."""
+    columns = [None if column is None else column[:N] for column in columns]
+    ctx.mark_non_differentiable(*(column for column in columns[1:] if column is not None))
+    return tuple(columns)
+
+
+class Compiled(torch.autograd.Function):
+    """select of logits that exist, with a gradient that reads them once and writes once.
+
+    (Derived by autograd it would spread grad into zeros (N, V) first, and read those.)
+    """
+
+    @staticmethod
+    def forward(ctx, logits, targets, moments):
+        N = len(logits)
+        if N < 2:  # torch.compile treats sizes 0 and 1 as constants
+            logits, targets = F.pad(logits, (0, 0, 0, 2 - N)), F.pad(targets, (0, 2 - N))
+        columns = fused(select)(logits, targets, moments)
+        ctx.save_for_backward(logits, targets, columns[0])
+        ctx.N = N
+        return first_of(ctx, columns, N)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad, *_):
+        logits, targets, logprobs = ctx.saved_tensors
+        grad = F.pad(grad, (0, len(logits) - ctx.N))
+        return fused(select_gradient)(logits, targets, logprobs, grad)[:ctx.N], None, None
+
+
+class Chunked(torch.autograd.Function):
+    """select of hidden @ weight.T by chunks of `rows` rows: no (N, V), and four matrix products instead of three.
+
+    Products in `dtype`, in forward and backward alike. Sums over V, and over chunks for the weight's gradient, in fp32.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, moments, dtype, rows):
+        region = fused if hidden.is_cuda and can_compile("cuda") else lambda function: function
+        N = len(hidden)
+        rows = min(rows, max(2, N))
+        pad = -N % rows if N else rows  # rows that weigh nothing, so that all chunks have one shape
+        hidden, targets = F.pad(hidden, (0, 0, 0, pad)), F.pad(targets, (0, pad))
+        head = weight.to(dtype)
+        logits = head.new_empty(rows, len(head))
+        columns = []
+        for h, y in zip(hidden.split(rows), targets.split(rows)):
+            torch.mm(h.to(dtype), head.T, out=logits)
+            columns.append(region(select)(logits, y, moments))
+        columns = [None if column[0] is None else torch.cat(column) for column in zip(*columns)]
+        ctx.save_for_backward(hidden, weight, targets, columns[0])
+        ctx.dtype, ctx.rows, ctx.N, ctx.region = dtype, rows, N, region
+        return first_of(ctx, columns, N)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad, *_):
+        hidden, weight, targets, logprobs = ctx.saved_tensors
+        grad = F.pad(grad, (0, len(hidden) - ctx.N))
+        head, grad_hidden = weight.to(ctx.dtype), torch.empty_like(hidden)
+        grad_weight = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
+        logits = head.new_empty(ctx.rows, len(head))
+        for h, y, p, g, grad_h in zip(*(x.split(ctx.rows) for x in (hidden, targets, logprobs, grad, grad_hidden))):
+            h = h.to(ctx.dtype)
+            torch.mm(h, head.T, out=logits)
+            ctx.region(select_gradient)(logits, y, p, g)  # logits: now their own gradient
+            grad_h.copy_(logits @ head)
+            if logits.dtype == grad_weight.dtype:
+                grad_weight.addmm_(logits.T, h)  # no second (V, C)
+            else:
+                grad_weight += logits.T @ h
+        return grad_hidden[:ctx.N], grad_weight.to(weight.dtype), None, None, None, None

@@ -9,6 +9,7 @@
 The loop is not here: it stands in the scripts. Next: logprobs.py.
 """
 
+import functools
 import json
 import math
 import os
@@ -93,6 +94,24 @@ def pick_device(name):
     except (RuntimeError, AssertionError, NotImplementedError):
         raise UserError(f"--device {name}: no such device here; use --device cpu or auto") from None
     return device
+
+
+@functools.cache
+def can_compile(device_type):
+    """Whether torch.compile works here: it needs Triton on a GPU, a C++ compiler on a CPU."""
+    try:
+        return torch.compile(lambda x: x.exp() + 1)(torch.zeros(2, device=device_type)).sum().item() == 4
+    except Exception:  # whatever a compiler that is missing or broken throws
+        return False
+
+
+def check_compiler(config, device):
+    """One line now for what the first step could not do."""
+    for option, asked in (("--compile", config.compile),
+                          ("--logprobs compiled", getattr(config, "logprobs", "") == "compiled")):
+        if asked and not can_compile(device.type):
+            raise UserError(f"{option}: torch.compile has no working compiler for {device.type} here (it needs Triton on a "
+                            "GPU, a C++ compiler on a CPU); leave it out")
 
 
 def autocast(device, dtype):

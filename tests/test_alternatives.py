@@ -495,7 +495,7 @@ def test_ptx_learns_the_text_where_the_reward_teaches_nothing(ppo, runs):
 
     @torch.no_grad()
     def text_loss(model):
-        return cross_entropy(model(ids[:, :-1]) @ model.head_weight.T, targets).item()
+        return cross_entropy(model(ids[:, :-1]), model.head_weight, targets).item()
 
     options = dict(advantage="reinforce", kl_coef=0.0, missing_eos_penalty=0.0, max_steps=4, lr=3e-3)
     *_, still = ppo(equal, **options, ptx_coef=0.0)

@@ -13,7 +13,7 @@ import train_ppo
 from minirlhf import generate, losses
 from minirlhf.doctor import MEMORY, RULES, Doctor, findings
 from minirlhf.generate import Rollout, sample
-from minirlhf.logprobs import log_softmax, surprisal_variance, token_logprobs
+from minirlhf.logprobs import log_softmax, token_stats
 from minirlhf.run import load_lm, load_reward_model, plain
 
 NUMBER = r"[+-]?\d[\d.e+-]*"
@@ -127,8 +127,8 @@ def test_samples_and_log_probs_of_an_older_policy_are_named(ppo, monkeypatch):
 def other_temperature(monkeypatch, factor=0.8):
     right = train_ppo.answer_logprobs
 
-    def wrong(model, rollout, temperature, hidden=None):
-        return right(model, rollout, factor * temperature if torch.is_grad_enabled() else temperature, hidden)
+    def wrong(model, rollout, temperature, *more, **options):
+        return right(model, rollout, factor * temperature if torch.is_grad_enabled() else temperature, *more, **options)
 
     monkeypatch.setattr(train_ppo, "answer_logprobs", wrong)
 
@@ -402,8 +402,7 @@ def test_sampling_z_equals_the_loop():
         mean = sum(p[v] * -math.log(p[v]) for v in range(11))
         variance += sum(p[v] * (-math.log(p[v]) - mean) ** 2 for v in range(11))
         total += -math.log(p[targets[b, t]]) - mean
-    logprobs, entropy = token_logprobs(hidden, weight, targets, mask, temperature)
-    spread = surprisal_variance(hidden, weight, mask, temperature)
+    logprobs, entropy, spread = token_stats(hidden, weight, targets, mask, temperature)
     for floor, expected in ((0.0, total / math.sqrt(variance)), (1e4, total / 100)):
         assert losses.sampling_z(logprobs, entropy, spread, mask, floor).item() == pytest.approx(expected, rel=1e-4)
     for garbage in (math.inf, math.nan):
@@ -464,6 +463,5 @@ def test_no_chance_at_all_is_zero():
     targets = torch.zeros(8, 500, dtype=torch.long)
     hidden = torch.ones(8, 500, 1)
     for weight in (torch.zeros(13, 1), torch.tensor([[200.0]] + [[0.0]] * 12)):
-        logprobs, entropy = token_logprobs(hidden, weight, targets, mask)
-        z = losses.sampling_z(logprobs, entropy, surprisal_variance(hidden, weight, mask), mask)
+        z = losses.sampling_z(*token_stats(hidden, weight, targets, mask), mask)
         assert abs(z.item()) < 1e-2

@@ -340,7 +340,7 @@ def update(tiny_gpt):
     head = ScalarHead(8, std=0.5)
     with torch.no_grad():  # old and new differ enough for some ratios and values to be clipped
         hidden = rollout.hidden(model)
-        logprobs, _ = token_logprobs(hidden, model.head_weight, rollout.answers, mask)
+        logprobs = token_logprobs(hidden, model.head_weight, rollout.answers, mask)
         noise = [torch.randn(8, 7, generator=generator) for _ in range(4)]
         return (model, head, rollout, logprobs + 0.2 * noise[0], noise[1], head(hidden) + 0.2 * noise[2], 2 * noise[3])
 
@@ -355,7 +355,7 @@ def minibatch_loss(update, rows):
     part = rollout.rows(rows)
     A = part.mask.size(1)
     hidden = part.hidden(model)
-    new_logprobs, _ = token_logprobs(hidden, model.head_weight, part.answers, part.mask)
+    new_logprobs = token_logprobs(hidden, model.head_weight, part.answers, part.mask)
     policy = losses.policy_loss(new_logprobs, old_logprobs[rows, :A], advantages[rows, :A], 0.2)
     value = losses.value_loss(head(hidden), old_values[rows, :A], returns[rows, :A], 0.2)
     return losses.masked_sum(policy, part.mask) + 0.1 * losses.masked_sum(value, part.mask)

@@ -49,7 +49,7 @@ def train(config, policy, pairs, tokenizer):
         ids, last = data.right_pad([texts.rows[i] for i in unique.tolist()])  # (texts, T + 1)
         to_go = last[:, None] - torch.arange(ids.size(1) - 1)  # (texts, T): tokens after slot t, which predicts id t + 1
         rows = Rollout(ids.to(run.device), None, ((to_go > 0) & (to_go <= lengths[unique, None])).to(run.device), None)
-        new, ref = (answer_logprobs(model, rows, 1.0)[0].sum(1)[places] for model in (policy, reference))  # (N, 2) each
+        new, ref = (answer_logprobs(model, rows, 1.0).sum(1)[places] for model in (policy, reference))  # (N, 2) each
         loss = losses.dpo_loss(*new.unbind(1), *ref.unbind(1), config.beta).mean()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
@@ -70,8 +70,8 @@ def main():
     prompts = (list(dict.fromkeys(pair.prompt for pair in held_out)) * 1024)[:1024]
     ids, _ = data.encode_prompts(tokenizer, prompts, data.prompt_room(lm.shape.block_size, config.max_new_tokens, config.lm))
     policy = train(config, copy.deepcopy(lm), pairs, tokenizer)
-    figures, *_ = evaluate(config, policy, lm, lambda rollout, *_: config.beta * (answer_logprobs(policy, rollout, 1.0)[0] -
-        answer_logprobs(lm, rollout, 1.0)[0]).sum(1), tokenizer, prompts, ids, all(map(reviews.dish_of, prompts)))
+    figures, *_ = evaluate(config, policy, lm, lambda rollout, *_: config.beta * (answer_logprobs(policy, rollout, 1.0) -
+        answer_logprobs(lm, rollout, 1.0)).sum(1), tokenizer, prompts, ids, all(map(reviews.dish_of, prompts)))
     write_json(f"{config.out_dir}/eval.json", figures)
     print(f"{figures}\nsaved in {config.out_dir}; score there is DPO's own reward, β log π/π_ref")
 
