@@ -136,6 +136,8 @@ class Table:
 
 # ---- log-probs -------------------------------------------------------------------------------
 
+SHAPES = [(2048, 512, 128), (2048, 50257, 768)]  # rows, vocabulary, channels
+
 
 def logprob_variants(hidden, weight, targets, dtype, compiled):
     """{name: function -> (log-probs, gradient of hidden, gradient of weight)}: forward and backward with one fixed pull."""
@@ -184,8 +186,7 @@ def exact(hidden, weight, targets):
 
 def bench_logprobs(table, config, device):
     cuda = device.type == "cuda"
-    shapes = [(2048, 512, 128), (2048, 50257, 768)] + [(16384, 50304, 768)] * cuda
-    for N, V, C in shapes:
+    for N, V, C in SHAPES + [(16384, 50304, 768)] * cuda:
         for dtype in ("float32", "bfloat16") if cuda else ("float32",):
             generator = torch.Generator().manual_seed(config.seed)
             hidden = torch.randn(N, C, generator=generator).to(device)
