@@ -19,7 +19,7 @@ from minirlhf.config import UserError, command, option, parse
 from minirlhf.generate import generate
 from minirlhf.logprobs import PATHS, cross_entropy
 from minirlhf.model import GPT, Shape
-from minirlhf.run import (Run, autocast, check_compiler, learning_rate, load_lm, pick_device, refuse_inputs_in_out_dir,
+from minirlhf.run import (Run, autocast, check_machine, learning_rate, load_lm, pick_device, refuse_inputs_in_out_dir,
                           saved_config, write_json)
 from minirlhf.tokenizer import BPE
 
@@ -104,7 +104,7 @@ def train(config, corpus, tokenizer=None):
     device = pick_device(config.device)
     if config.n_embd % config.n_head:
         raise UserError(f"--n_embd {config.n_embd} must be divisible by --n_head {config.n_head}")
-    check_compiler(config, device)
+    check_machine(config, device)
 
     # ---- setup ----
     run = Run("lm", config, device)

@@ -32,7 +32,7 @@ from minirlhf.doctor import Doctor
 from minirlhf.generate import columns, generate, generate_all
 from minirlhf.logprobs import PATHS, cross_entropy, token_logprobs, token_stats
 from minirlhf.model import ScalarHead
-from minirlhf.run import (Run, autocast, check_compiler, learning_rate, lm_corpus, lm_prompts, load_lm, load_reward_model,
+from minirlhf.run import (Run, autocast, check_machine, learning_rate, lm_corpus, lm_prompts, load_lm, load_reward_model,
                           pick_device, refuse_inputs_in_out_dir, saved_config, write_json)
 
 
@@ -267,7 +267,7 @@ def train(config, policy, reward_model, tokenizer, reward_fn=None):
 
     # ---- setup ----
     device = policy.head_weight.device
-    check_compiler(config, device)
+    check_machine(config, device)
     prompts = choose_prompts(config)
     train_prompts, held_out = data.split(prompts, key=str)
     held_out = held_out or train_prompts

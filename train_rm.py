@@ -19,7 +19,7 @@ from minirlhf import data, labelers, losses, reviews
 from minirlhf.config import UserError, command, option, parse
 from minirlhf.generate import generate, generate_all
 from minirlhf.model import RewardModel
-from minirlhf.run import (Run, autocast, check_compiler, learning_rate, lm_prompts, load_lm, pick_device,
+from minirlhf.run import (Run, autocast, check_machine, learning_rate, lm_prompts, load_lm, pick_device,
                           refuse_inputs_in_out_dir, saved_config, write_json, write_jsonl)
 
 
@@ -165,6 +165,7 @@ def train(config, lm, tokenizer, policy=None):
     lm: GPT to start from and to normalise on. policy: GPT whose answers are compared (None: lm).
     """
     device = lm.head_weight.device
+    check_machine(config, device)
     block_size = lm.shape.block_size
     room = data.prompt_room(block_size, config.max_new_tokens, config.lm)
 

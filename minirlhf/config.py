@@ -8,6 +8,7 @@ Next: tokenizer.py.
 import argparse
 import dataclasses
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -84,6 +85,12 @@ def command(main):
         main()
     except UserError as error:
         print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).splitlines())}", file=sys.stderr)
+        sys.exit(2)
+    except (RuntimeError, MemoryError) as error:
+        if not re.search("out of memory|allocate", str(error)):
+            raise
+        print(f"{Path(sys.argv[0]).name}: error: out of memory ({str(error).splitlines()[0][:100]}); lower --batch_size or "
+              "the lengths of texts (train_ppo.py: --minibatch_size too); what was saved is unharmed", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)

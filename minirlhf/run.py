@@ -105,8 +105,12 @@ def can_compile(device_type):
         return False
 
 
-def check_compiler(config, device):
-    """One line now for what the first step could not do."""
+def check_machine(config, device):
+    """One line now for what the first step could not do here."""
+    if config.dtype == "bfloat16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise UserError(f"--dtype bfloat16: {torch.cuda.get_device_name(device)} cannot compute in it; leave it out")
+    if device.type == "cuda" and not can_compile("cuda"):
+        print("torch.compile does not work here (it needs Triton): log-probs take the plain path, which is slower")
     for option, asked in (("--compile", config.compile),
                           ("--logprobs compiled", getattr(config, "logprobs", "") == "compiled")):
         if asked and not can_compile(device.type):

@@ -25,7 +25,7 @@ import train_lm
 import train_ppo
 import train_rm
 from conftest import ROOT, TINY
-from minirlhf import data, generate, reviews
+from minirlhf import data, generate, reviews, run
 from minirlhf.run import Run
 from minirlhf.tokenizer import BPE
 
@@ -494,6 +494,29 @@ def test_cuda_on_a_machine_without_it(stage, refused):
     if torch.cuda.is_available():
         pytest.skip("this machine has CUDA")
     refused(stage, "--device cuda", "--device cuda", "--device cpu")
+
+
+@STAGES
+@pytest.mark.parametrize("error", [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has\nmore"), MemoryError("Unable to allocate 7 TiB"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried 9 bytes"),
+])
+def test_out_of_memory_names_what_to_lower(stage, error, tiny, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", fail)
+    code, _, err = tiny(stage, f"--out_dir {tmp_path}/out")
+    assert code == 2
+    assert_one_line(err, f"train_{stage}.py", "out of memory", "lower --batch_size")
+
+
+@STAGES
+def test_compile_without_a_compiler(stage, refused, monkeypatch):
+    monkeypatch.setattr(run, "can_compile", lambda device: False)
+    refused(stage, "--compile", "--compile", "no working compiler for cpu")
+    if stage != "rm":
+        refused(stage, "--logprobs compiled", "--logprobs compiled", "no working compiler for cpu")
 
 
 @pytest.mark.parametrize("stage, options, names", [
