@@ -68,6 +68,8 @@ class Config:
     ppo_epochs: int = option(2, "passes over each rollout", low=1)
     stop_kl: float = option(math.inf, "end a rollout's epochs once one moved the policy this far, nats per token", low=0)
     minibatch_size: int = option(64, "answers per optimizer step", low=1)
+    microbatch_size: int = option(32, "answers per forward and backward: less needs less memory and changes nothing else",
+                                  low=1)
     lr: float = option(6e-4, "learning rate of Adam, falling linearly to 0", low=0)
     muon_lr: float = option(0.0, "learning rate of Muon for the blocks' matrices; 0: Adam for them too", low=0)
     gamma: float = option(1.0, "discount per token", low=0, high=1)
@@ -401,54 +403,58 @@ def train(config, policy, reward_model, tokenizer, reward_fn=None):
         num_minibatches = config.batch_size // config.minibatch_size
         ptx_step = step * config.ppo_epochs * num_minibatches  # of the text's batches
         tokens_per_minibatch = mask.sum() / num_minibatches  # short minibatches get no extra weight
+        lengths = mask.sum(1)  # (B,)
         sums = torch.zeros(4, device=device)  # policy loss, value loss, approx_kl, clip_frac, over all tokens
         ratio_first = None
         for epoch in range(config.ppo_epochs):
             approx_kl_before = sums[2].item()
-            for rows in torch.randperm(config.batch_size).to(device).split(config.minibatch_size):
-                part = rollout.rows(rows)
-                part_mask = part.mask  # (rows, A'), A' the longest answer of these rows
-                A = part_mask.size(1)
-                with autocast(device, config.dtype):
-                    hidden = part.hidden(forward)
-                    new_logprobs = answer_logprobs(policy, part, config.temperature, hidden, config.logprobs)
-                    if value_trunk is not None:
-                        hidden = part.hidden(value_forward)
-                    new_values = value_head(hidden)
-                old = old_logprobs[rows, :A]
-                policy_loss = losses.policy_loss(new_logprobs, old, whitened[rows, :A], config.clip)
-                policy_loss = losses.masked_sum(policy_loss, part_mask)
-                loss, value_loss = policy_loss, torch.zeros((), device=device)
-                if returns is not None:
-                    value_loss = losses.value_loss(new_values, old_values[rows, :A], returns[rows, :A], config.value_clip)
-                    value_loss = losses.masked_sum(value_loss, part_mask)
-                    loss = loss + config.vf_coef * value_loss
-                if config.kl_in == "loss":
-                    kl_loss = losses.kl_loss(new_logprobs, ref_logprobs[rows, :A], part_mask, config.kl_estimator)  # (rows,)
-                    loss = loss + kl_coef * kl_loss.sum()
-                loss = loss / tokens_per_minibatch
+            for minibatch in torch.randperm(config.batch_size).to(device).split(config.minibatch_size):
+                # By length, so that little of a part is padding; the parts' gradients add up to the minibatch's.
+                minibatch, largest = minibatch[lengths[minibatch].argsort()], torch.zeros((), device=device)
+                for rows in minibatch.split(config.microbatch_size):
+                    part = rollout.rows(rows)
+                    part_mask = part.mask  # (rows, A'), A' the longest answer of these rows
+                    A = part_mask.size(1)
+                    with autocast(device, config.dtype):
+                        hidden = part.hidden(forward)
+                        new_logprobs = answer_logprobs(policy, part, config.temperature, hidden, config.logprobs)
+                        if value_trunk is not None:
+                            hidden = part.hidden(value_forward)
+                        new_values = value_head(hidden)
+                    old = old_logprobs[rows, :A]
+                    policy_loss = losses.policy_loss(new_logprobs, old, whitened[rows, :A], config.clip)
+                    policy_loss = losses.masked_sum(policy_loss, part_mask)
+                    loss, value_loss = policy_loss, torch.zeros((), device=device)
+                    if returns is not None:
+                        value_loss = losses.value_loss(new_values, old_values[rows, :A], returns[rows, :A], config.value_clip)
+                        value_loss = losses.masked_sum(value_loss, part_mask)
+                        loss = loss + config.vf_coef * value_loss
+                    if config.kl_in == "loss":
+                        kl_loss = losses.kl_loss(new_logprobs, ref_logprobs[rows, :A], part_mask, config.kl_estimator)
+                        loss = loss + kl_coef * kl_loss.sum()
+                    loss = loss / tokens_per_minibatch
+                    loss.backward()
+                    with torch.no_grad():
+                        _, approx_kl = losses.kl_estimates(old, new_logprobs)
+                        outside = ((new_logprobs - old).exp() - 1).abs()
+                        largest = torch.maximum(largest, outside.masked_fill(~part_mask, 0.0).max())
+                        clipped = (outside > config.clip).float()
+                        sums += torch.stack([policy_loss, value_loss, losses.masked_sum(approx_kl, part_mask),
+                                             losses.masked_sum(clipped, part_mask)])
                 if config.ptx_coef:
                     inputs, targets = windows.batch(config.seed, ptx_step, config.minibatch_size)  # (rows, T) each
                     ptx_step += 1
                     with autocast(device, config.dtype):
                         ptx_loss = cross_entropy(forward(inputs.to(device)), policy.head_weight, targets.to(device),
                                                  path=config.logprobs)
-                    loss = loss + config.ptx_coef * ptx_loss
-                loss.backward()
+                    (config.ptx_coef * ptx_loss).backward()
                 norm = nn.utils.clip_grad_norm_(trained.parameters(), config.grad_clip)
                 run.check_finite(step, loss=loss.item(), gradient=norm.item())
                 for optimizer in optimizers:
                     optimizer.step()
                     optimizer.zero_grad()
-                with torch.no_grad():
-                    _, approx_kl = losses.kl_estimates(old, new_logprobs)
-                    outside = ((new_logprobs - old).exp() - 1).abs()
-                    if ratio_first is None:
-                        ratio_first = outside.masked_fill(~part_mask, 0.0).max().item()
-                    clipped = (outside > config.clip).float()
-                    sums += torch.stack([policy_loss, value_loss, losses.masked_sum(approx_kl, part_mask),
-                                         losses.masked_sum(clipped, part_mask)])
-            if (sums[2].item() - approx_kl_before) / mask.sum().item() > config.stop_kl:
+                ratio_first = largest.item() if ratio_first is None else ratio_first
+            if (sums[2].item() - approx_kl_before) / lengths.sum().item() > config.stop_kl:
                 break
 
         # ---- log ----

@@ -90,7 +90,7 @@ def command(main):
         if not re.search("out of memory|allocate", str(error)):
             raise
         print(f"{Path(sys.argv[0]).name}: error: out of memory ({str(error).splitlines()[0][:100]}); lower --batch_size or "
-              "the lengths of texts (train_ppo.py: --minibatch_size too); what was saved is unharmed", file=sys.stderr)
+              "the lengths of texts (train_ppo.py: --microbatch_size); what was saved is unharmed", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)

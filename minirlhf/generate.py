@@ -87,7 +87,7 @@ def sample(logits, temperature=1.0, generator=None):
     float64, where the sum's rounding cannot be seen; a token of probability 0 never qualifies.
     """
     dtype = torch.float32 if logits.device.type == "mps" else torch.float64  # MPS has no float64
-    cumulative = (logits.float() / temperature).softmax(-1).to(dtype).cumsum(-1)  # (B, V)
+    cumulative = (logits.float() / temperature).softmax(-1).cumsum(-1, dtype=dtype)  # (B, V)
     u = torch.rand(len(logits), 1, device=logits.device, dtype=dtype, generator=generator)
     token = torch.searchsorted(cumulative, u * cumulative[:, -1:], right=True).squeeze(-1)
     return token.clamp(max=logits.size(-1) - 1)
@@ -107,7 +107,7 @@ def generate(model, prompts, max_new_tokens, eos, temperature=1.0, generator=Non
     ids = torch.cat([ids, ids.new_zeros(B, A)], 1).to(device)  # (B, P + A)
     mask = torch.zeros(B, A, dtype=torch.bool, device=device)
     start = None if start is None else start.to(device)
-    rows, alive = torch.arange(B, device=device), torch.ones(B, dtype=torch.bool, device=device)
+    rows, alive = slice(None), torch.ones(B, dtype=torch.bool, device=device)  # rows: those still in the batch, now all
     bf16 = torch.is_autocast_enabled(device.type)
     cache = KVCache(model.shape, B, P + A, device, torch.bfloat16 if bf16 else model.head_weight.dtype)
     hidden = model(ids[:, :P], start, cache)[:, -1]  # (B, C)
@@ -121,9 +121,10 @@ def generate(model, prompts, max_new_tokens, eos, temperature=1.0, generator=Non
         going = int(alive.sum())
         if going == 0 or t == A - 1:
             break
-        if going <= len(rows) // 2:
+        if going <= len(alive) // 2:
             cache.keep(alive)
-            rows, token, alive = rows[alive], token[alive], alive[alive]
+            rows = torch.arange(B, device=device)[rows][alive]
+            token, alive = token[alive], alive[alive]
         hidden = model(token[:, None], None if start is None else start[rows], cache)[:, -1]
     finished = (ids[:, P:] == eos).any(1)
     return Rollout(ids[:, : P + t + 1], start, mask[:, : t + 1], finished, states[:, : t + 1])

@@ -25,24 +25,36 @@ class Shape:
 
 
 class KVCache:
-    """Keys and values of the tokens so far, in buffers allocated once: (B, H, T_max, D) a layer."""
+    """Keys and values of the tokens so far, in one buffer allocated once: (L, 2, B, H, T_max, D), L layers."""
 
     def __init__(self, shape, batch, max_length, device, dtype):
-        size = (shape.n_layer, batch, shape.n_head, max_length, shape.n_embd // shape.n_head)
-        self.keys = torch.empty(size, device=device, dtype=dtype)
-        self.values = torch.empty_like(self.keys)
+        size = (shape.n_layer, 2, batch, shape.n_head, max_length, shape.n_embd // shape.n_head)
+        self.held = torch.empty(size, device=device, dtype=dtype)
         self.length = 0  # tokens held; the model moves it on once all layers have written theirs
 
-    def extend(self, layer, k, v):
-        """Write the new keys and values (B, H, T, D) of a layer; return all of it so far."""
-        end = self.length + k.size(2)
-        self.keys[layer, :, :, self.length:end] = k
-        self.values[layer, :, :, self.length:end] = v
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+    def extend(self, layer, kv):
+        """Write a layer's new keys and values (2, B, H, T, D); return all of it so far, longer in T."""
+        end = self.length + kv.size(3)
+        self.held[layer, :, :, :, self.length:end] = kv
+        return self.held[layer, :, :, :, :end]
 
     def keep(self, rows):
         """Keep only these rows of the batch; rows: bool (B,)."""
-        self.keys, self.values = self.keys[:, rows], self.values[:, rows]
+        self.held = self.held[:, :, rows]
+
+
+def attention(q, k, v, mask):
+    """softmax(q kᵀ / sqrt(D)) v (Vaswani et al. 2017, eq. 1): (B, H, T, D) for q (B, H, T, D), k and v (B, H, S, D).
+
+    mask: bool, True where q may look, broadcast to (B, H, T, S); None: causal for S = T, everything for T = 1.
+    """
+    if q.size(2) > 1 or q.is_cuda:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and q.size(2) > 1)
+    # One new token, on a CPU: SDPA's tiles are made for many queries, and take half as long again.
+    scores = (q / math.sqrt(q.size(-1))) @ k.transpose(-1, -2)  # (B, H, 1, S)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf)
+    return scores.softmax(-1) @ v
 
 
 class Block(nn.Module):
@@ -56,10 +68,11 @@ class Block(nn.Module):
 
     def forward(self, x, mask, cache, layer):
         B, T, C = x.shape
-        q, k, v = self.qkv(self.norm_1(x)).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
+        qkv = self.qkv(self.norm_1(x)).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # (3, B, H, T, D)
+        q, k, v = qkv
         if cache is not None:
-            k, v = cache.extend(layer, k, v)  # (B, H, T so far, D)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1)  # (B, H, T, D)
+            k, v = cache.extend(layer, qkv[1:])  # (B, H, T so far, D) each
+        y = attention(q, k, v, mask)  # (B, H, T, D)
         x = x + self.attention_out(y.transpose(1, 2).reshape(B, T, C))
         return x + self.mlp_out(F.gelu(self.mlp_in(self.norm_2(x)), approximate="tanh"))
 
@@ -100,10 +113,11 @@ class GPT(nn.Module):
             start = ids.new_zeros(len(ids))  # SDPA's is_causal would line new tokens up with the oldest keys
         if start is not None:
             keys = torch.arange(past + T, device=ids.device)
-            causal = keys <= positions[:, None]  # (T, past + T)
-            real = keys >= start[:, None, None]  # (B, 1, past + T)
-            itself = keys == positions[:, None]  # lets a padded slot see itself: no row of only -inf, no NaN
-            mask = ((causal & real) | itself)[:, None]  # (B, 1, T, past + T)
+            mask = (keys >= start[:, None])[:, None, None]  # (B, 1, 1, past + T): real tokens
+            if T > 1:
+                causal = keys <= positions[:, None]  # (T, past + T)
+                itself = keys == positions[:, None]  # lets a padded slot see itself: no row of only -inf, no NaN
+                mask = causal & mask | itself  # (B, 1, T, past + T)
             positions = (positions - start[:, None]).clamp(min=0)  # (B, T): position ids count real tokens
         x = self.token_embedding(ids) + self.position_embedding(positions)  # (B, T, C)
         for layer, block in enumerate(self.blocks):

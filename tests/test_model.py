@@ -169,7 +169,7 @@ def test_a_row_of_only_padding_gives_no_nan_and_spoils_no_other_row(tiny_gpt):
 def cached_forward(model, ids, chunks, start=None):
     """Hidden states of all ids, fed to the model in chunks; slots not yet written hold NaN, so reading one shows."""
     cache = KVCache(model.shape, len(ids), ids.size(1) + 3, "cpu", torch.float32)
-    cache.keys.fill_(math.nan), cache.values.fill_(math.nan)
+    cache.held.fill_(math.nan)
     return torch.cat([model(part, start, cache) for part in ids.split(chunks, 1)], 1), cache
 
 

@@ -40,8 +40,8 @@ WORLDS = {"small": (3, 5, 20.0), "hard": (6, 4, 60.0)}  # symbols, longest answe
 BEST_OF = (2, 4, 16, 64, 256, 1024)
 
 # One set of options for every row.
-PPO = dict(max_steps=74, batch_size=8192, minibatch_size=512, ppo_epochs=2, lr=1e-3, muon_lr=5e-3, lam=0.75, vf_coef=0.5,
-           value_clip=1.0, kl_start=1.0, missing_eos_penalty=0.0)
+PPO = dict(max_steps=74, batch_size=8192, minibatch_size=512, microbatch_size=512, ppo_epochs=2, lr=1e-3, muon_lr=5e-3,
+           lam=0.75, vf_coef=0.5, value_clip=1.0, kl_start=1.0, missing_eos_penalty=0.0)
 QUICK = dict(max_steps=28, batch_size=2048, minibatch_size=256, ppo_epochs=4, muon_lr=0.03, lam=0.8)
 
 
