@@ -111,16 +111,16 @@ def make_batches(pairs, batch_size, epochs, seed):
     return batches
 
 
-@torch.no_grad()
-def score_texts(model, rows, dtype, batch_size=512):
-    """Raw scores (N,) on the CPU of lists of ids, in their order."""
-    device, scores = model.gain.device, torch.zeros(len(rows))
+def score_texts(model, rows, dtype, part=512):
+    """Raw scores (N,) of lists of ids, in their order. They are read `part` at a time by length, so little is padding."""
+    device = model.gain.device
+    scores = torch.zeros(len(rows), device=device)
     by_length = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    for i in range(0, len(rows), batch_size):
-        chosen = by_length[i: i + batch_size]
+    for i in range(0, len(rows), part):
+        chosen = by_length[i: i + part]
         ids, last = data.right_pad([rows[j] for j in chosen])
         with autocast(device, dtype):
-            scores[chosen] = model(ids.to(device), last.to(device)).float().cpu()
+            scores[chosen] = model(ids.to(device), last.to(device)).float()
     return scores
 
 
@@ -223,9 +223,7 @@ def train(config, lm, tokenizer, policy=None):
         batch = batches[step]
         numbers = torch.tensor([texts.of_pair(pair) for pair in batch])  # (N, 2): row numbers of chosen and rejected
         unique, places = numbers.unique(return_inverse=True)  # each text runs once, however many pairs it is in
-        ids, last = data.right_pad([texts.rows[i] for i in unique.tolist()])
-        with autocast(device, config.dtype):
-            scores = forward(ids.to(device), last.to(device))  # (texts,)
+        scores = score_texts(forward, [texts.rows[i] for i in unique.tolist()], config.dtype, part=32)  # (texts,)
         chosen, rejected = scores[places.to(device)].unbind(1)  # (N,) each
         margin = torch.tensor([pair.margin for pair in batch], device=device)
         tie = torch.tensor([pair.tie for pair in batch], device=device)
@@ -250,15 +248,16 @@ def train(config, lm, tokenizer, policy=None):
     rollout = generate(lm, rows, config.max_new_tokens, tokenizer.eos, generator=generator)
     samples = [prompt + answer[mask].tolist()
                for prompt, answer, mask in zip(rows, rollout.answers.cpu(), rollout.mask.cpu())]
-    gain, bias = losses.calibration(score_texts(model, samples, config.dtype))
-    model.gain.copy_(gain)
-    model.bias.copy_(bias)
+    with torch.no_grad():
+        gain, bias = losses.calibration(score_texts(model, samples, config.dtype))
+        model.gain.copy_(gain)
+        model.bias.copy_(bias)
+        scores = score_texts(model, texts.rows, config.dtype).cpu().numpy()
     save(len(batches))
 
     # ---- 5. held-out figures, from the score difference before gain and bias ----
     scored = [pair for pair in held_out if not pair.tie]
     numbers = np.array([texts.of_pair(pair) for pair in scored], dtype=int).reshape(-1, 2)
-    scores = score_texts(model, texts.rows, config.dtype).numpy()
     figures = evaluate(scores[numbers[:, 0]] - scores[numbers[:, 1]], None if golds is None else golds[numbers])
     write_json(run.folder / "eval.json", figures)
     run.log_samples([{"step": len(batches), "prompt": pair.prompt, "response": text,

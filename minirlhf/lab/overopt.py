@@ -188,7 +188,7 @@ def choose_best(options, folder, config, device):
     samples = np.load(f"{config.work}/{options['samples']}/samples.npz")
     gold, reward_model = samples["gold"], load_reward_model(f"{config.work}/{options['rm']}", device)[0]
     ids = [row.tolist() for row in np.split(samples["ids"], np.cumsum(samples["lengths"])[:-1])]
-    scores = reward_model.gain.cpu() * train_rm.score_texts(reward_model, ids, "float32") + reward_model.bias.cpu()
+    scores = reward_model.gain.cpu() * train_rm.score_texts(reward_model, ids, "float32").cpu() + reward_model.bias.cpu()
     proxy, rows = scores.double().numpy().reshape(gold.shape), []
     for n in (2**k for k in range(gold.shape[1].bit_length())):
         best = np.array([best_of_n(x, y, n) for x, y in zip(proxy, gold)])  # (P, 2)
