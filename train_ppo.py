@@ -30,6 +30,7 @@ from minirlhf import data, losses, reviews
 from minirlhf.config import UserError, command, option, parse
 from minirlhf.doctor import Doctor
 from minirlhf.generate import columns, generate, generate_all
+from minirlhf.graphs import Decoder
 from minirlhf.logprobs import PATHS, cross_entropy, token_logprobs, token_stats
 from minirlhf.model import ScalarHead
 from minirlhf.run import (Run, autocast, check_machine, learning_rate, lm_corpus, lm_prompts, load_lm, load_reward_model,
@@ -91,7 +92,7 @@ class Config:
     seed: int = option(1, "seed of the samples, the order of prompts and the minibatches", low=0)
     device: str = option("auto", "cpu, cuda, mps or auto")
     dtype: str = option("float32", "bfloat16: autocast", choices=("float32", "bfloat16"))
-    compile: bool = option(False, "run the training forward through torch.compile")
+    compile: bool = option(False, "run forwards through torch.compile, and on CUDA the sampler as one graph")
     logprobs: str = option("auto", "how log-probs are formed from hidden states, see minirlhf/logprobs.py", choices=PATHS)
     resume: bool = option(False, "go on from out_dir's checkpoint, with its options")
 
@@ -301,10 +302,13 @@ def train(config, policy, reward_model, tokenizer, reward_fn=None):
         if value_trunk is not None:
             value_trunk.load_state_dict(run.checkpoint["value_trunk"])
         kl_coef = run.checkpoint["kl_coef"]
-    forward, value_forward = policy, value_trunk
+    forward, value_forward, decoder = policy, value_trunk, None
     if config.compile:
         forward = torch.compile(policy, dynamic=True)
         value_forward = value_trunk and torch.compile(value_trunk, dynamic=True)
+        if device.type == "cuda":
+            decoder = Decoder(policy, config.batch_size, max(map(len, train_ids)) + config.max_new_tokens,
+                              torch.bfloat16 if config.dtype == "bfloat16" else torch.float32)
     trained = nn.ModuleList([policy, value_head] if value_trunk is None else [policy, value_head, value_trunk])
     matrices, others = [], []
     for name, parameter in trained.named_parameters():
@@ -353,7 +357,7 @@ def train(config, policy, reward_model, tokenizer, reward_fn=None):
         batch_prompts = [train_prompts[i] for i in chosen]
         batch_ids = [train_ids[i] for i in chosen]
         with autocast(device, config.dtype):
-            rollout = generate(policy, batch_ids, config.max_new_tokens, tokenizer.eos, config.temperature)
+            rollout = generate(policy, batch_ids, config.max_new_tokens, tokenizer.eos, config.temperature, decoder=decoder)
         mask = rollout.mask  # (B, A)
         responses = rollout.texts(tokenizer)
 

@@ -1,7 +1,7 @@
 """Sampling: prefill the prompts, then decode one token at a time from the cache.
 
 No top-k, no top-p: PPO's log-probs are those of the full softmax, so its samples must be too.
-`python -m minirlhf.generate --run runs/ppo --prompt "..."` talks to any run. Next: labelers.py.
+`python -m minirlhf.generate --run runs/ppo --prompt "..."` talks to any run. Next: graphs.py.
 """
 
 import itertools
@@ -94,11 +94,12 @@ def sample(logits, temperature=1.0, generator=None):
 
 
 @torch.no_grad()
-def generate(model, prompts, max_new_tokens, eos, temperature=1.0, generator=None):
+def generate(model, prompts, max_new_tokens, eos, temperature=1.0, generator=None, decoder=None):
     """Sample one answer to each prompt, up to eos or max_new_tokens.
 
     prompts: lists of ids, each beginning with eos (the document start). generator: None for the
     device's global one. Rows that have ended leave the batch when at most half are still going.
+    decoder: graphs.Decoder of the model for as many rows, which stay to the end; None: none.
     """
     device = model.head_weight.device
     ids, start = left_pad(prompts)
@@ -108,9 +109,13 @@ def generate(model, prompts, max_new_tokens, eos, temperature=1.0, generator=Non
     mask = torch.zeros(B, A, dtype=torch.bool, device=device)
     start = None if start is None else start.to(device)
     rows, alive = slice(None), torch.ones(B, dtype=torch.bool, device=device)  # rows: those still in the batch, now all
-    bf16 = torch.is_autocast_enabled(device.type)
-    cache = KVCache(model.shape, B, P + A, device, torch.bfloat16 if bf16 else model.head_weight.dtype)
-    hidden = model(ids[:, :P], start, cache)[:, -1]  # (B, C)
+    check_every = 8 if device.type == "cuda" else 1  # to ask whether all have ended, the CPU has to wait for the GPU
+    if decoder is None:
+        bf16 = torch.is_autocast_enabled(device.type)
+        cache = KVCache(model.shape, B, P + A, device, torch.bfloat16 if bf16 else model.head_weight.dtype)
+        hidden = model(ids[:, :P], start, cache)[:, -1]  # (B, C)
+    else:
+        hidden = decoder.prefill(ids[:, :P], start)
     states = hidden.new_zeros(B, A, hidden.size(1))
     for t in range(A):
         states[rows, t] = hidden
@@ -118,16 +123,23 @@ def generate(model, prompts, max_new_tokens, eos, temperature=1.0, generator=Non
         ids[rows, P + t] = torch.where(alive, token, 0)
         mask[rows, t] = alive
         alive = alive & (token != eos)
-        going = int(alive.sum())
-        if going == 0 or t == A - 1:
+        if t == A - 1:
             break
-        if going <= len(alive) // 2:
-            cache.keep(alive)
-            rows = torch.arange(B, device=device)[rows][alive]
-            token, alive = token[alive], alive[alive]
-        hidden = model(token[:, None], None if start is None else start[rows], cache)[:, -1]
+        if (t + 1) % check_every == 0:
+            going = int(alive.sum())
+            if going == 0:
+                break
+            if decoder is None and going <= len(alive) // 2:
+                cache.keep(alive)
+                rows = torch.arange(B, device=device)[rows][alive]
+                token, alive = token[alive], alive[alive]
+        if decoder is None:
+            hidden = model(token[:, None], None if start is None else start[rows], cache)[:, -1]
+        else:
+            hidden = decoder(token)
     finished = (ids[:, P:] == eos).any(1)
-    return Rollout(ids[:, : P + t + 1], start, mask[:, : t + 1], finished, states[:, : t + 1])
+    A = int(mask.any(0).sum())  # the longest answer
+    return Rollout(ids[:, : P + A], start, mask[:, :A], finished, states[:, :A])
 
 
 def generate_all(model, prompts, max_new_tokens, eos, temperature=1.0, generator=None, batch_size=1024):

@@ -89,14 +89,17 @@ def choose_path(path, N, weight):
 
 def select(logits, targets, moments):
     """logits (N, V), targets (N,) -> log-probs of the targets, and with `moments` mean and variance of -log π, (N,) each."""
-    all_logprobs = log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)))
-    logprobs = all_logprobs.gather(-1, targets[:, None]).squeeze(-1)
+    z = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    shifted = z - z.amax(-1, keepdim=True).detach()  # as in log_softmax, of which only one column is needed
+    weights = shifted.exp()  # (N, V): softmax times its total
+    total = weights.sum(-1)
+    logprobs = shifted.gather(-1, targets[:, None]).squeeze(-1) - total.log()
     if not moments:
         return logprobs, None, None
-    with torch.no_grad():
-        weighted = all_logprobs.exp() * all_logprobs
-        mean = weighted.sum(-1)
-        return logprobs, -mean, ((weighted * all_logprobs).sum(-1) - mean**2).clamp(min=0)
+    with torch.no_grad():  # three sums over V in the pass that finds the total: log π = shifted - log total
+        mean = (weights * shifted).sum(-1) / total
+        variance = (weights * shifted**2).sum(-1) / total - mean**2
+        return logprobs, total.log() - mean, variance.clamp(min=0)
 
 
 def select_gradient(logits, targets, logprobs, grad):

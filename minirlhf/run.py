@@ -86,6 +86,7 @@ def process_seconds():
 
 def pick_device(name):
     """auto: cuda, else mps, else cpu. A device that is not there is a UserError."""
+    torch.set_float32_matmul_precision("highest")  # no TF32: ratios are made of log-probs; --dtype bfloat16 is the fast way
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
@@ -116,6 +117,8 @@ def check_machine(config, device):
         if asked and not can_compile(device.type):
             raise UserError(f"{option}: torch.compile has no working compiler for {device.type} here (it needs Triton on a "
                             "GPU, a C++ compiler on a CPU); leave it out")
+        if asked:
+            print(f"{option}: the first steps take a minute or so, while torch.compile works")
 
 
 def autocast(device, dtype):

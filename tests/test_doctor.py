@@ -118,8 +118,8 @@ def test_stale_samples_are_named(ppo, monkeypatch):
 def test_samples_and_log_probs_of_an_older_policy_are_named(ppo, monkeypatch):
     """They agree with each other; the first ratio tells."""
     first = {}
-    monkeypatch.setattr(train_ppo, "generate", lambda model, *args: generate.generate(
-        first.setdefault("model", train_ppo.copy.deepcopy(model)), *args))
+    monkeypatch.setattr(train_ppo, "generate", lambda model, *args, **rest: generate.generate(
+        first.setdefault("model", train_ppo.copy.deepcopy(model)), *args, **rest))
     said, _ = ppo(max_steps=2, lr=1e-2, batch_size=64, minibatch_size=16)
     assert said == [(2, "ratio")]
 

@@ -10,8 +10,8 @@ from minirlhf import losses
 from minirlhf.generate import Rollout
 from minirlhf.labelers import TAU
 from minirlhf.logprobs import token_logprobs
-from minirlhf.model import ScalarHead
-from train_rm import calibration_error, evaluate
+from minirlhf.model import GPT, RewardModel, ScalarHead, Shape
+from train_rm import calibration_error, evaluate, score_texts
 
 MASK = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 0, 0, 0, 0], [1, 1, 1, 1, 0]], dtype=torch.bool)
 GARBAGE = [math.inf, -math.inf, math.nan, 1e30]
@@ -475,3 +475,19 @@ def test_the_labelers_own_scores_reach_the_bayes_figures():
     assert figures["accuracy"] == pytest.approx(figures["bayes_accuracy"], abs=0.015)
     assert figures["log_loss"] == pytest.approx(figures["bayes_log_loss"], abs=0.015)
     assert figures["ece"] < 0.02 < 0.05 < evaluate(3 * d, golds)["ece"]
+
+
+@pytest.mark.parametrize("part", [1, 3, 100])
+def test_texts_read_in_parts_score_and_pull_as_each_alone(part):
+    torch.manual_seed(0)
+    model = RewardModel(GPT(Shape(19, 16, 2, 2, 16)))
+    rows = [torch.randint(19, (n,)).tolist() for n in (9, 2, 16, 1, 5, 5, 12)]
+    pull = torch.linspace(-1, 2, len(rows))
+    found, wanted = [], []
+    for scores, grads in ((score_texts(model, rows, "float32", part), found),
+                          (torch.cat([model(torch.tensor([row]), torch.tensor([len(row) - 1])) for row in rows]), wanted)):
+        model.zero_grad()
+        (scores * pull).sum().backward()
+        grads += [scores] + [parameter.grad.clone() for parameter in model.parameters()]
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)

@@ -31,6 +31,7 @@ import train_ppo
 from minirlhf import data, logprobs
 from minirlhf.config import UserError, command, option, parse
 from minirlhf.generate import generate
+from minirlhf.graphs import Decoder
 from minirlhf.model import GPT, RewardModel, Shape
 from minirlhf.run import autocast, can_compile, pick_device, write_json
 
@@ -260,6 +261,9 @@ def bench_sample(table, config, device):
 
         variants = {"generate": in_dtype(lambda: generate(model, prompts, new, eos=-1)),
                     "no cache": in_dtype(lambda: without_cache(model, prompts, new))}
+        if device.type == "cuda" and config.compile and can_compile("cuda"):
+            decoder = Decoder(model, 64, 8 + new, getattr(torch, dtype))
+            variants["generate, one graph"] = in_dtype(lambda: generate(model, prompts, new, eos=-1, decoder=decoder))
         table.add("sample", f"{named(shape)}, 64 x (8 + {new})", dtype, variants, flops=64 * (8 + new) * products(shape),
                   tokens=64 * new)
 
@@ -311,13 +315,15 @@ class Numbers:
 def bench_ppo(table, config, device):
     """train_ppo.train itself: an update is the time between two lines of its log. No answer ends early."""
     cuda = device.type == "cuda"
-    cases = [(SMALL, 64, 8, 48, "float32", value) for value in ("shared", "lm")]
-    cases += [(GPT2, 128, 64, 128, "bfloat16", value) for value in ("shared", "lm")] * cuda
+    compiled = cuda and config.compile and can_compile("cuda")
+    cases = [(SMALL, 64, 8, 48, "float32", value, False) for value in ("shared", "lm")]
+    cases += [(GPT2, 128, 64, 128, "bfloat16", value, flag) for value in ("shared", "lm") for flag in (False, True)[:1 + compiled]
+              ] * cuda
 
-    def endless(model, prompts, new, eos, temperature):
-        return generate(model, prompts, new, -1, temperature)
+    def endless(model, prompts, new, eos, temperature, **rest):
+        return generate(model, prompts, new, -1, temperature, **rest)
 
-    for shape, B, prompt, new, dtype, value in cases:
+    for shape, B, prompt, new, dtype, value, flag in cases:
         model, tokenizer = make_model(shape, config, device), Numbers(shape.vocab_size)
         reward_model = RewardModel.from_lm(model).to(device).requires_grad_(False)
         generator = torch.Generator().manual_seed(config.seed)
@@ -326,14 +332,14 @@ def bench_ppo(table, config, device):
             (Path(folder) / "prompts.txt").write_text("\n".join(" ".join(map(str, line)) for line in lines))
             options = train_ppo.Config(
                 prompts=f"{folder}/prompts.txt", prompt_words=prompt, out_dir=f"{folder}/ppo", max_steps=config.rounds + 1,
-                batch_size=B, minibatch_size=B // 4, ppo_epochs=4, max_new_tokens=new, value=value, dtype=dtype, lr=1e-5,
+                batch_size=B, minibatch_size=B // 4, ppo_epochs=4, max_new_tokens=new, value=value, dtype=dtype, lr=1e-5, compile=flag,
                 eval_answers=2, save_every=1000, sample_every=1000, seed=config.seed)
             with mock.patch.object(train_ppo, "generate", endless), contextlib.redirect_stdout(nowhere), \
                     contextlib.redirect_stderr(nowhere):
                 peak = peak_mb(lambda: train_ppo.train(options, model, reward_model, tokenizer), device)
             seconds = [json.loads(line)["seconds"] for line in (Path(folder) / "ppo" / "metrics.jsonl").read_text().splitlines()]
         ms = [1000 * (b - a) for a, b in zip(seconds, seconds[1:])]
-        table.add_row("ppo", f"value {value}", f"{named(shape)}, {B} x ({prompt} + {new})", dtype, ms, peak,
+        table.add_row("ppo", f"value {value}" + " --compile" * flag, f"{named(shape)}, {B} x ({prompt} + {new})", dtype, ms, peak,
                            flops=B * (prompt + new) * products(shape) * (3 + 3 * 4 * (2 if value == "lm" else 1) + (value == "lm")),
                            tokens=B * new)
 

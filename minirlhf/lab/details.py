@@ -76,9 +76,9 @@ class EosBehindMask(Rollout):
     last = None  # set below: the reward model reads eos all the same
 
 
-def hide_eos(model, prompts, max_new_tokens, eos, temperature):
+def hide_eos(model, prompts, max_new_tokens, eos, temperature, **rest):
     """A rollout whose mask ends before eos; an answer that is nothing but eos keeps it."""
-    rollout = generate(model, prompts, max_new_tokens, eos, temperature)
+    rollout = generate(model, prompts, max_new_tokens, eos, temperature, **rest)
     lengths = (rollout.mask.sum(1) - rollout.finished.long()).clamp(min=1)
     mask = torch.arange(rollout.mask.size(1), device=lengths.device) < lengths[:, None]
     hidden = EosBehindMask(rollout.ids, rollout.start, mask, rollout.finished, rollout.states)
@@ -108,7 +108,7 @@ DETAILS = [
     # sampling
     Detail("temperature", f"{GENERATE}:sample", f"{PPO.temperature}, in sampling and in every log-prob",
            f"{ZIEGLER}, {HUANG}", f"{0.7 * PPO.temperature} in sampling only", swap=(
-               train_ppo, "generate", lambda *arguments: generate(*arguments[:-1], 0.7 * arguments[-1]))),
+               train_ppo, "generate", lambda *arguments, **rest: generate(*arguments[:-1], 0.7 * arguments[-1], **rest))),
     Detail("full softmax", f"{GENERATE}:sample", "no top-k, no top-p", HUANG),
     Detail("eos is an action", f"{GENERATE}:generate", "inside the mask: trained, pays KL, earns the score", HUANG,
            "outside the mask", swap=(train_ppo, "generate", hide_eos)),
