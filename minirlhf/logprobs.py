@@ -22,6 +22,7 @@ from minirlhf.run import can_compile
 
 PATHS = ("auto", "plain", "compiled", "chunked")
 CHUNK = 2**24  # logits held at a time: 64 MB in fp32
+PIECE = 2**18  # of those, how many the operations between the matrix products take at a time on a CPU: 1 MB, for its cache
 
 
 def log_softmax(logits):
@@ -52,9 +53,7 @@ def token_stats(hidden, weight, targets, mask, temperature=1.0, path="auto", mom
     elif path == "compiled":
         columns = Compiled.apply(hidden @ weight.T, targets, moments)
     else:
-        device = hidden.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-        columns = Chunked.apply(hidden, weight, targets, moments, dtype, max(16, CHUNK // len(weight)))
+        columns = Chunked.apply(hidden, weight, targets, moments, product_dtype(hidden))
     zeros = torch.zeros(mask.shape, device=hidden.device, dtype=columns[0].dtype)
     return [None if column is None else zeros.masked_scatter(mask, column) for column in columns]
 
@@ -66,10 +65,14 @@ def cross_entropy(hidden, weight, targets, reduction="mean", path="auto"):
     reduction: "none" (B, T), "sum", or "mean" over the positions that count.
     """
     counted = targets != -100
-    nll = -token_logprobs(hidden, weight, targets, counted, path=path)
-    if reduction == "none":
-        return nll
-    return nll.sum() / counted.sum() if reduction == "mean" else nll.sum()
+    if torch.is_grad_enabled() and reduction != "none" and choose_path(path, counted.sum().item(), weight) == "chunked":
+        total = ChunkedSum.apply(hidden[counted], weight, targets[counted], product_dtype(hidden))
+    else:
+        nll = -token_logprobs(hidden, weight, targets, counted, path=path)
+        if reduction == "none":
+            return nll
+        total = nll.sum()
+    return total / counted.sum() if reduction == "mean" else total
 
 
 def choose_path(path, N, weight):
@@ -158,45 +161,89 @@ class Compiled(torch.autograd.Function):
         return fused(select_gradient)(logits, targets, logprobs, grad)[:ctx.N], None, None
 
 
-class Chunked(torch.autograd.Function):
-    """select of hidden @ weight.T by chunks of `rows` rows: no (N, V), and four matrix products instead of three.
+def product_dtype(hidden):
+    """The dtype of matrix products here and now."""
+    device = hidden.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
 
-    Products in `dtype`, in forward and backward alike. Sums over V, and over chunks for the weight's gradient, in fp32.
-    """
+
+class Chunks:
+    """hidden @ weight.T a chunk of rows at a time, in one buffer. The last chunk is padded with rows that weigh nothing, so
+    that all have one shape. Products in `dtype`; sums over V, and over chunks for the weight's gradient, in fp32."""
+
+    def __init__(self, hidden, weight, dtype):
+        self.N, self.head = len(hidden), weight.to(dtype)
+        self.rows = min(max(2, CHUNK // len(weight)), max(2, self.N))
+        self.piece = self.rows if hidden.is_cuda else max(1, PIECE // len(weight))
+        self.region = fused if hidden.is_cuda and can_compile("cuda") else lambda function: function
+        self.logits = self.head.new_empty(self.rows, len(weight))
+
+    def split(self, *columns):
+        """Chunks of columns (N, ...), together."""
+        pad = -self.N % self.rows if self.N else self.rows
+        return zip(*(F.pad(x, (0, 0) * (x.dim() - 1) + (0, pad)).split(self.rows) for x in columns))
+
+    def select(self, hidden, targets, moments):
+        """self.logits become those of this chunk; returns select of them, as three columns."""
+        torch.mm(hidden.to(self.head.dtype), self.head.T, out=self.logits)
+        parts = [self.region(select)(*part, moments) for part in zip(self.logits.split(self.piece), targets.split(self.piece))]
+        return [None if column[0] is None else torch.cat(column) for column in zip(*parts)]
+
+    def pull(self, hidden, targets, logprobs, grad, grad_weight):
+        """Gradient of this chunk's hidden states, where grad (rows,) is that of its log-probs; that of the weight is added
+        to grad_weight (V, C). self.logits are spent."""
+        for part in zip(*(x.split(self.piece) for x in (self.logits, targets, logprobs, grad))):
+            self.region(select_gradient)(*part)
+        if self.logits.dtype == grad_weight.dtype:
+            grad_weight.addmm_(self.logits.T, hidden)  # no second (V, C)
+        else:
+            grad_weight += self.logits.T @ hidden.to(self.logits.dtype)
+        return self.logits @ self.head
+
+
+class Chunked(torch.autograd.Function):
+    """select of hidden @ weight.T without (N, V): the logits are formed again for the gradient, four products for three."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, moments, dtype, rows):
-        region = fused if hidden.is_cuda and can_compile("cuda") else lambda function: function
-        N = len(hidden)
-        rows = min(rows, max(2, N))
-        pad = -N % rows if N else rows  # rows that weigh nothing, so that all chunks have one shape
-        hidden, targets = F.pad(hidden, (0, 0, 0, pad)), F.pad(targets, (0, pad))
-        head = weight.to(dtype)
-        logits = head.new_empty(rows, len(head))
-        columns = []
-        for h, y in zip(hidden.split(rows), targets.split(rows)):
-            torch.mm(h.to(dtype), head.T, out=logits)
-            columns.append(region(select)(logits, y, moments))
-        columns = [None if column[0] is None else torch.cat(column) for column in zip(*columns)]
+    def forward(ctx, hidden, weight, targets, moments, dtype):
+        chunks = Chunks(hidden, weight, dtype)
+        columns = zip(*(chunks.select(*part, moments) for part in chunks.split(hidden, targets)))
+        columns = [None if column[0] is None else torch.cat(column)[:chunks.N] for column in columns]
         ctx.save_for_backward(hidden, weight, targets, columns[0])
-        ctx.dtype, ctx.rows, ctx.N, ctx.region = dtype, rows, N, region
-        return first_of(ctx, columns, N)
+        ctx.dtype = dtype
+        ctx.mark_non_differentiable(*(column for column in columns[1:] if column is not None))
+        return tuple(columns)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad, *_):
         hidden, weight, targets, logprobs = ctx.saved_tensors
-        grad = F.pad(grad, (0, len(hidden) - ctx.N))
-        head, grad_hidden = weight.to(ctx.dtype), torch.empty_like(hidden)
+        chunks = Chunks(hidden, weight, ctx.dtype)
         grad_weight = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
-        logits = head.new_empty(ctx.rows, len(head))
-        for h, y, p, g, grad_h in zip(*(x.split(ctx.rows) for x in (hidden, targets, logprobs, grad, grad_hidden))):
-            h = h.to(ctx.dtype)
-            torch.mm(h, head.T, out=logits)
-            ctx.region(select_gradient)(logits, y, p, g)  # logits: now their own gradient
-            grad_h.copy_(logits @ head)
-            if logits.dtype == grad_weight.dtype:
-                grad_weight.addmm_(logits.T, h)  # no second (V, C)
-            else:
-                grad_weight += logits.T @ h
-        return grad_hidden[:ctx.N], grad_weight.to(weight.dtype), None, None, None, None
+        grad_hidden = []
+        for h, y, p, g in chunks.split(hidden, targets, logprobs, grad):
+            torch.mm(h.to(ctx.dtype), chunks.head.T, out=chunks.logits)
+            grad_hidden.append(chunks.pull(h, y, p, g, grad_weight))
+        return torch.cat(grad_hidden)[:chunks.N].to(hidden.dtype), grad_weight.to(weight.dtype), None, None, None
+
+
+class ChunkedSum(torch.autograd.Function):
+    """-Σ log-probs, of which nothing else is made: both gradients are formed at once, while a chunk's logits are there."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, dtype):
+        chunks, total, grad_hidden = Chunks(hidden, weight, dtype), 0.0, []
+        grad_weight = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
+        for h, y, counts in chunks.split(hidden, targets, torch.ones_like(hidden[:, 0], dtype=grad_weight.dtype)):
+            logprobs = chunks.select(h, y, False)[0]
+            total = total - (logprobs * counts).sum()
+            grad_hidden.append(chunks.pull(h, y, logprobs, -counts, grad_weight))
+        ctx.gradients = torch.cat(grad_hidden)[:chunks.N].to(hidden.dtype), grad_weight.to(weight.dtype)
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        grad_hidden, grad_weight = ctx.gradients
+        del ctx.gradients  # they are scaled in place: a second backward would scale them again
+        return grad_hidden.mul_(grad), grad_weight.mul_(grad), None, None

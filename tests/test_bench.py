@@ -51,7 +51,7 @@ def test_the_yardstick_of_errors_is_float64_autograd():
     hidden, weight, targets = torch.randn(300, 8), torch.randn(11, 8), torch.randint(11, (300,))
     h, w = hidden.double().requires_grad_(), weight.double().requires_grad_()
     chosen = (h @ w.T).log_softmax(-1).gather(-1, targets[:, None])[:, 0]
-    (chosen * torch.linspace(-1, 1, 300).double()).sum().backward()
+    chosen.sum().backward()
     for ours, theirs in zip(bench.exact(hidden, weight, targets), (chosen.detach(), h.grad, w.grad), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
 

@@ -44,10 +44,12 @@ def test_log_softmax_equals_torch(batch):
     assert_same(log_softmax, lambda logits: torch.log_softmax(logits, -1), batch[0])
 
 
+@pytest.mark.parametrize("path", ["plain", "chunked"])
 @pytest.mark.parametrize("ignored", ["none", "some", "one row"])
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
-def test_cross_entropy_equals_torch_values_and_gradients(batch, reduction, ignored):
+def test_cross_entropy_equals_torch_values_and_gradients(batch, reduction, ignored, path, monkeypatch):
     logits, targets = batch
+    monkeypatch.setattr(paths, "CHUNK", 4 * logits.size(-1))  # four rows at a time
     if ignored == "some":
         targets[:, ::2] = -100
     elif ignored == "one row":
@@ -56,7 +58,7 @@ def test_cross_entropy_equals_torch_values_and_gradients(batch, reduction, ignor
     shape = targets.shape if reduction == "none" else ()
 
     def ours(logits):
-        return of_logits(logits, targets, **options)
+        return of_logits(logits, targets, path=path, **options)
 
     def torch_loss(logits):
         return nn.CrossEntropyLoss(**options)(logits.flatten(0, 1), targets.flatten()).view(shape)
@@ -102,6 +104,7 @@ def path(request, monkeypatch):
     if request.param == "compiled" and not can_compile("cpu"):
         pytest.skip("no C++ compiler for torch.compile")
     monkeypatch.setattr(paths, "CHUNK", 3 * V)
+    monkeypatch.setattr(paths, "PIECE", 2 * V)
     return request.param
 
 
