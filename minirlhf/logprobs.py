@@ -91,7 +91,7 @@ def choose_path(path, N, weight):
 
 
 def select(logits, targets, moments):
-    """logits (N, V), targets (N,) -> log-probs of the targets, and with `moments` mean and variance of -log π, (N,) each."""
+    """logits (N, V), targets (N,) -> log-probs, and with `moments` mean and variance of -log π, (N,) each."""
     z = logits.to(torch.promote_types(logits.dtype, torch.float32))
     shifted = z - z.amax(-1, keepdim=True).detach()  # as in log_softmax, of which only one column is needed
     weights = shifted.exp()  # (N, V): softmax times its total
@@ -186,7 +186,8 @@ class Chunks:
     def select(self, hidden, targets, moments):
         """self.logits become those of this chunk; returns select of them, as three columns."""
         torch.mm(hidden.to(self.head.dtype), self.head.T, out=self.logits)
-        parts = [self.region(select)(*part, moments) for part in zip(self.logits.split(self.piece), targets.split(self.piece))]
+        pieces = zip(self.logits.split(self.piece), targets.split(self.piece))
+        parts = [self.region(select)(*part, moments) for part in pieces]
         return [None if column[0] is None else torch.cat(column) for column in zip(*parts)]
 
     def pull(self, hidden, targets, logprobs, grad, grad_weight):

@@ -141,7 +141,7 @@ SHAPES = [(2048, 512, 128), (2048, 50257, 768)]  # rows, vocabulary, channels
 
 
 def logprob_variants(hidden, weight, targets, dtype, compiled):
-    """{name: function -> (log-probs or their sum, gradient of hidden, gradient of weight)}: forward and backward of the sum."""
+    """{name: function -> (log-probs or their sum, gradient of hidden, of weight)}: forward and backward of the sum."""
     mask = torch.ones(1, len(hidden), dtype=torch.bool, device=hidden.device)
     device = hidden.device
 
@@ -250,7 +250,8 @@ def without_cache(model, prompts, new):
 
 
 def bench_sample(table, config, device):
-    for shape, new, dtype in [(SMALL, 48, "float32"), (MIDDLE, 48, "float32")] + [(GPT2, 256, "bfloat16")] * (device.type == "cuda"):
+    cuda = device.type == "cuda"
+    for shape, new, dtype in [(SMALL, 48, "float32"), (MIDDLE, 48, "float32")] + [(GPT2, 256, "bfloat16")] * cuda:
         model = make_model(shape, config, device)
         prompts = torch.randint(shape.vocab_size, (64, 8), generator=torch.Generator().manual_seed(config.seed)).tolist()
 
@@ -262,7 +263,7 @@ def bench_sample(table, config, device):
 
         variants = {"generate": in_dtype(lambda: generate(model, prompts, new, eos=-1)),
                     "no cache": in_dtype(lambda: without_cache(model, prompts, new))}
-        if device.type == "cuda" and config.compile and can_compile("cuda"):
+        if cuda and config.compile and can_compile("cuda"):
             decoder = Decoder(model, 64, 8 + new, getattr(torch, dtype))
             variants["generate, one graph"] = in_dtype(lambda: generate(model, prompts, new, eos=-1, decoder=decoder))
         table.add("sample", f"{named(shape)}, 64 x (8 + {new})", dtype, variants, flops=64 * (8 + new) * products(shape),
@@ -316,10 +317,9 @@ class Numbers:
 def bench_ppo(table, config, device):
     """train_ppo.train itself: an update is the time between two lines of its log. No answer ends early."""
     cuda = device.type == "cuda"
-    compiled = cuda and config.compile and can_compile("cuda")
+    flags = (False, True) if cuda and config.compile and can_compile("cuda") else (False,)
     cases = [(SMALL, 64, 8, 48, "float32", value, False) for value in ("shared", "lm")]
-    cases += [(GPT2, 128, 64, 128, "bfloat16", value, flag) for value in ("shared", "lm") for flag in (False, True)[:1 + compiled]
-              ] * cuda
+    cases += [(GPT2, 128, 64, 128, "bfloat16", value, flag) for value in ("shared", "lm") for flag in flags] * cuda
 
     def endless(model, prompts, new, eos, temperature, **rest):
         return generate(model, prompts, new, -1, temperature, **rest)
@@ -333,12 +333,14 @@ def bench_ppo(table, config, device):
             (Path(folder) / "prompts.txt").write_text("\n".join(" ".join(map(str, line)) for line in lines))
             options = train_ppo.Config(
                 prompts=f"{folder}/prompts.txt", prompt_words=prompt, out_dir=f"{folder}/ppo", max_steps=config.rounds + 1,
-                batch_size=B, minibatch_size=B // 4, ppo_epochs=4, max_new_tokens=new, value=value, dtype=dtype, lr=1e-5, compile=flag,
+                batch_size=B, minibatch_size=B // 4, ppo_epochs=4, max_new_tokens=new, value=value, dtype=dtype, lr=1e-5,
+                compile=flag,
                 eval_answers=2, save_every=1000, sample_every=1000, seed=config.seed)
             with mock.patch.object(train_ppo, "generate", endless), contextlib.redirect_stdout(nowhere), \
                     contextlib.redirect_stderr(nowhere):
                 peak = peak_mb(lambda: train_ppo.train(options, model, reward_model, tokenizer), device)
-            seconds = [json.loads(line)["seconds"] for line in (Path(folder) / "ppo" / "metrics.jsonl").read_text().splitlines()]
+            log = (Path(folder) / "ppo" / "metrics.jsonl").read_text().splitlines()
+            seconds = [json.loads(line)["seconds"] for line in log]
         ms = [1000 * (b - a) for a, b in zip(seconds, seconds[1:])]
         table.add_row("ppo", f"value {value}" + " --compile" * flag, f"{named(shape)}, {B} x ({prompt} + {new})", dtype, ms, peak,
                            flops=B * (prompt + new) * products(shape) * (3 + 3 * 4 * (2 if value == "lm" else 1) + (value == "lm")),
