@@ -12,12 +12,13 @@ import train_ppo
 import train_rm
 from conftest import ROOT
 from minirlhf import generate
-from minirlhf.lab import details, dpo, exact, overopt
+from minirlhf.lab import bench, details, dpo, exact, overopt
 
 README = (ROOT / "README.md").read_text()
 CONFIGS = {"train_lm.py": train_lm.Config, "train_rm.py": train_rm.Config, "train_ppo.py": train_ppo.Config,
            "minirlhf.generate": generate.Config, "minirlhf.lab.exact": exact.Config,
-           "minirlhf.lab.overopt": overopt.Config, "minirlhf.lab.dpo": dpo.Config, "minirlhf.lab.details": details.Config}
+           "minirlhf.lab.overopt": overopt.Config, "minirlhf.lab.dpo": dpo.Config, "minirlhf.lab.details": details.Config,
+           "minirlhf.lab.bench": bench.Config}
 
 
 def commands():
