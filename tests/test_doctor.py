@@ -104,8 +104,8 @@ def test_stale_samples_are_named(ppo, monkeypatch):
     """Answers of the policy as it was at the start: they surprise the policy of now, and their "KL" is negative."""
     first = {}
 
-    def stale(model, *args):
-        rollout = generate.generate(first.setdefault("model", train_ppo.copy.deepcopy(model)), *args)
+    def stale(model, *args, **rest):
+        rollout = generate.generate(first.setdefault("model", train_ppo.copy.deepcopy(model)), *args, **rest)
         rollout.states = rollout.hidden(model)
         return rollout
 
@@ -187,9 +187,9 @@ def test_a_masked_eos_is_named(ppo, monkeypatch):
     """Its probability goes to the other tokens, so that the samples' distribution is another one too."""
     eos = []
 
-    def remember(model, prompts, max_new_tokens, eos_id, *args):
+    def remember(model, prompts, max_new_tokens, eos_id, *args, **rest):
         eos.append(eos_id)
-        return generate.generate(model, prompts, max_new_tokens, eos_id, *args)
+        return generate.generate(model, prompts, max_new_tokens, eos_id, *args, **rest)
 
     def without_eos(logits, temperature, generator=None):
         logits[:, eos[0]] = -math.inf
